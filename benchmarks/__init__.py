@@ -1,0 +1,1 @@
+"""Measures what the package does: speed, parity and how good the answers are."""

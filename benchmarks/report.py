@@ -1,0 +1,86 @@
+"""Tables of records as Markdown, put between markers of a document.
+
+<!-- bench:NAME -->
+the table of the case NAME
+<!-- /bench:NAME -->
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fewshot_rt.errors import DataError
+from fewshot_rt.files import write_text
+
+from .record import RESULTS, Record, read_records
+
+HEADINGS = ("way", "median", "p10", "p90", "images/s", "against {first}", "first call", "parity")
+
+
+def update_document(path: Path, folder: Path = RESULTS) -> list[str]:
+    """Write the latest table of each case that a document marks; give the names of the cases.
+
+    Raises: DataError if a marked case has no record, or an opening marker no closing one.
+    """
+    text = path.read_text(encoding="utf-8")
+    names = re.findall(r"<!-- bench:([\w-]+) -->", text)
+    latest = {record.case: record for record in read_records(folder)}
+    for name in names:
+        if name not in latest:
+            raise DataError(f"{path} marks bench:{name}, but {folder} holds no record of it.")
+        text = replace_block(text, name, make_table(latest[name]))
+    write_text(path, text)
+    return names
+
+
+def replace_block(text: str, name: str, content: str) -> str:
+    """Put content between the markers of a name.
+
+    Raises: DataError if the markers are not there.
+    """
+    start, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+    before, opening, rest = text.partition(start)
+    _, closing, after = rest.partition(end)
+    if not opening or not closing:
+        raise DataError(f"the markers {start} and {end} are not both there. Add them.")
+    return f"{before}{start}\n{content.strip()}\n{end}{after}"
+
+
+def make_table(record: Record) -> str:
+    """Make the table of one record, with what it was measured on below it."""
+    first = next(iter(record.variants))
+    headings = [heading.format(first=first) for heading in HEADINGS]
+    lines = [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)])]
+    lines += [_row(_cells(record, name, first)) for name in record.variants]
+    return "\n".join([*lines, "", _caption(record)])
+
+
+def _cells(record: Record, name: str, first: str) -> list[str]:
+    times = record.variants[name]
+    median = times["median_ms"]
+    parity = record.parity.get(name)
+    return [
+        name,
+        *(f"{times[key]:.1f} ms" for key in ("median_ms", "p10_ms", "p90_ms")),
+        f"{1000 * record.images / median:.1f}",
+        f"{record.variants[first]['median_ms'] / median:.2f}x",
+        f"{times['first_ms']:.0f} ms",
+        f"{parity['rel_l2']:.0e}" if parity else "reference",
+    ]
+
+
+def _caption(record: Record) -> str:
+    machine, floor, versions = record.machine, record.floor, record.versions
+    count = int(next(iter(record.variants.values()))["count"])
+    gpu = f", {machine['gpu']}" if machine["gpu"] else ""
+    return (
+        f"{record.images} images a call, {count} calls each, in turns. Floor: "
+        f"{floor['floor_ms']:.1f} ms ({floor['flops'] / 1e9:.1f} GFLOP at "
+        f"{floor['flops_per_second'] / 1e9:.0f} GFLOP/s measured). {machine['cpu']}, "
+        f"{machine['cores']} cores{gpu}; torch {versions['torch']}, onnxruntime "
+        f"{versions['onnxruntime']}; {record.date[:10]}, commit {record.commit or 'unknown'}."
+    )
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,81 @@
+"""Measure ways to answer the same images with the same adapter, in one interleaved run.
+
+Axes: B batch, H W pixels.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+from fewshot_rt.errors import ConfigError, unknown
+from fewshot_rt.export.parity import Parity, compare, require
+from fewshot_rt.predictor import Floats
+
+from .floor import Floor
+from .plain import Answer
+from .record import Record
+from .timing import interleave, summarise
+
+
+def bench_predict(
+    variants: Mapping[str, Answer],
+    images: Floats,
+    *,
+    case: str,
+    floor: Floor,
+    reference: str = "eager",
+    rounds: int = 20,
+    warmup: int = 2,
+) -> Record:
+    """Measure variants that answer one batch of images; without parity, no number.
+
+    variants: by name, usually "plain" (see `plain_loop`), "eager" (`Predictor.answer` of the merged
+    base) and one for each bundle. floor: see `find_floor`.
+
+    Shapes: images [B, 3, H, W], at most one batch of the predictors.
+    Raises: EngineError if an answer differs from the reference by more than fp32 allows;
+    ConfigError if the reference is not among the variants.
+    """
+    if reference not in variants:
+        raise ConfigError(unknown("variant", reference, variants))
+    answers, first_ms = _first_calls(variants, images)
+    parity = {
+        name: _gate(name, answers[reference], answer)
+        for name, answer in answers.items()
+        if name != reference
+    }
+    calls = {name: _call(answer, images) for name, answer in variants.items()}
+    samples = interleave(calls, rounds=rounds, warmup=warmup)
+    return Record(
+        case=case,
+        images=len(images),
+        reference=reference,
+        variants={
+            name: {**summarise(times).to_dict(), "first_ms": first_ms[name]}
+            for name, times in samples.items()
+        },
+        parity={name: value.to_dict() for name, value in parity.items()},
+        floor=floor.to_dict(),
+        settings={"rounds": rounds, "warmup": warmup, "size": list(images.shape[2:])},
+    )
+
+
+def _first_calls(
+    variants: Mapping[str, Answer], images: Floats
+) -> tuple[dict[str, Floats], dict[str, float]]:
+    """Call each variant once; give the answers and the times in ms."""
+    answers, times = {}, {}
+    for name, answer in variants.items():
+        started = time.perf_counter()
+        answers[name] = answer(images)
+        times[name] = 1000 * (time.perf_counter() - started)
+    return answers, times
+
+
+def _gate(name: str, reference: Floats, answer: Floats) -> Parity:
+    parities = compare({"image": reference}, {"image": answer})
+    require(parities, role=name, tolerance="fp32")
+    return parities["image"]
+
+
+def _call(answer: Answer, images: Floats) -> Callable[[], Floats]:
+    return lambda: answer(images)

@@ -1,0 +1,39 @@
+"""`fewshot-rt doctor`: what this machine can run, and how to get the rest."""
+
+import os
+import platform
+from importlib.util import find_spec
+
+import click
+
+from fewshot_rt.versions import versions
+
+from .options import json_option, write_result
+from .progress import say, show_table
+
+
+@click.command("doctor")
+@json_option
+def command(as_json: bool) -> None:
+    """Tell what this machine can run, and how to get the rest."""
+    from fewshot_rt.export.engine import engine_names, get_engine
+
+    engines = {name: get_engine(name).missing() for name in engine_names()}
+    devices = _devices()
+    show_table(["package", "version"], [[k, v] for k, v in versions().items()])
+    show_table(["device", ""], [[k, v] for k, v in devices.items()])
+    for name, missing in engines.items():
+        say(f"engine {name}: {'ready' if missing is None else missing}")
+    write_result({"versions": versions(), "devices": devices, "engines": engines}, as_json=as_json)
+
+
+def _devices() -> dict[str, str]:
+    devices = {"processor": platform.machine(), "cores": str(os.cpu_count())}
+    if find_spec("torch") is None:
+        return devices | {"cuda": "PyTorch is not installed"}
+    import torch
+
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    devices["bf16 on the processor"] = "fast" if bf16 else "slow; fp32 is used"
+    devices["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return devices

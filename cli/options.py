@@ -1,0 +1,74 @@
+"""Options that commands share: `--json`, flags generated from settings, and where models are."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fewshot_rt.config import OptionInfo, make, options, read_mapping
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+FOLDER = click.Path(path_type=Path)
+
+
+def json_option(function: F) -> F:
+    """Add `--json`."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="End stdout with one JSON document."
+    )(function)
+
+
+def runs_option(function: F) -> F:
+    """Add `--runs`: where run folders lie."""
+    return click.option(
+        "--runs", type=FOLDER, default=Path("runs"), show_default=True, help="Folder of the runs."
+    )(function)
+
+
+def settings_options(cls: type, *, leave_out: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Add one flag for each field of a settings class, and `--config` for a file of them.
+
+    A flag that is not given stays None, so that the file, then the default, can speak.
+    """
+
+    def decorate(function: F) -> F:
+        for info in reversed(options(cls)):
+            if info.name not in leave_out:
+                function = _flag(info)(function)
+        return click.option(
+            "--config", type=FOLDER, help="Settings from a TOML or JSON file; flags come first."
+        )(function)
+
+    return decorate
+
+
+def make_settings(cls: type[T], config: Path | None, flags: Mapping[str, Any]) -> T:
+    """Make settings from a file and from the flags that were given.
+
+    Raises: ConfigError for an unknown key, a wrong type or value.
+    """
+    values = read_mapping(config) if config else {}
+    return make(cls, values | {name: flag for name, flag in flags.items() if flag is not None})
+
+
+def write_result(values: Mapping[str, Any], *, as_json: bool) -> None:
+    """Write the one JSON document, if it is asked for."""
+    if as_json:
+        click.echo(json.dumps(values, default=str))
+
+
+def _flag(info: OptionInfo) -> Callable[[F], F]:
+    name = info.name.replace("_", "-")
+    shown = "" if info.default is None else f"  [default: {_shown(info.default)}]"
+    if info.type is bool:
+        return click.option(f"--{name}/--no-{name}", default=None, help=info.help + shown)
+    kind: Any = click.Choice(info.choices) if info.choices else info.type
+    return click.option(f"--{name}", type=kind, default=None, help=info.help + shown)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

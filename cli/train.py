@@ -1,0 +1,94 @@
+"""`fewshot-rt train`: from a folder of pairs to a run."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fewshot_rt.config import make
+from fewshot_rt.errors import ConfigError, ModelError
+from fewshot_rt.runs import CONFIG_FILE, read_run
+from fewshot_rt.train_config import TrainConfig
+
+from .options import FOLDER, json_option, make_settings, runs_option, settings_options, write_result
+from .progress import meter, say
+
+
+@click.command("train")
+@click.argument("pairs", type=FOLDER)
+@click.option("--name", help="Name of the run.  [default: folder and time]")
+@click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
+@click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
+@runs_option
+@settings_options(TrainConfig)
+@json_option
+def command(
+    pairs: Path,
+    name: str | None,
+    resume: bool,
+    overwrite: bool,
+    runs: Path,
+    config: Path | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Learn a task from the pairs in a folder.
+
+    PAIRS holds input/ and target/ with images of the same names (or pairs.csv, pairs.jsonl). The run
+    is written to runs/NAME, and runs/latest points to it: adapter, settings, metrics, and panels that
+    show how the answers come about. An interrupted run goes on with --resume.
+    """
+    folder = _place(runs, name or _fresh_name(pairs), resume=resume, overwrite=overwrite)
+    settings = _settings(folder, config, flags, resume=resume)
+    started = time.monotonic()
+    from fewshot_rt.fit import fit
+
+    with meter("train") as shown:
+        for step in fit(pairs, folder, settings):
+            note = f"step {step.step}  loss {step.loss:.4f}  {_left(step.seconds_left)}"
+            shown.show(step.progress, note if step.gradient_norm else "encoding is done")
+    seconds = time.monotonic() - started
+    say(f"trained {step.step} steps in {seconds:.0f} s: {folder}")
+    say(f"look at   {folder / 'panels'}\nnext      fewshot-rt export, or fewshot-rt predict DIR")
+    write_result(
+        {"run": folder, "steps": step.step, "loss": step.loss, "seconds": round(seconds, 1)},
+        as_json=as_json,
+    )
+
+
+def _fresh_name(pairs: Path) -> str:
+    return f"{pairs.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _place(runs: Path, name: str, *, resume: bool, overwrite: bool) -> Path:
+    """Choose the run's folder; refuse to write over another run.
+
+    Raises: ConfigError if the name leaves `runs`; ModelError if the run is there already.
+    """
+    folder = runs / name
+    if folder.resolve().parent != runs.resolve() or name == "latest":
+        raise ConfigError(f"a run's name must be one plain name, not {name!r}")
+    if folder.exists() and overwrite:
+        shutil.rmtree(folder)
+    elif (folder / CONFIG_FILE).exists() and not resume:
+        raise ModelError(
+            f"the run {folder} is there already. Go on with it (--resume), replace it (--overwrite), "
+            "or take another --name."
+        )
+    return folder
+
+
+def _settings(
+    folder: Path, config: Path | None, flags: dict[str, Any], *, resume: bool
+) -> TrainConfig:
+    """Take the settings of a run that goes on, changed by the flags; else file and flags."""
+    if resume and (folder / CONFIG_FILE).exists():
+        given = {name: flag for name, flag in flags.items() if flag is not None}
+        return make(TrainConfig, read_run(folder)["train"] | given)
+    return make_settings(TrainConfig, config, flags)
+
+
+def _left(seconds: float) -> str:
+    return "" if seconds != seconds else f"{seconds:.0f} s left"

@@ -1,0 +1,208 @@
+"""A bundle: a folder that predicts, without diffusers, peft, transformers, or what trained it.
+
+It holds one engine's file of each role, the embedded prompt, and a manifest that says what they
+are, where they came from, how close they are to eager, and what every file must hash to.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fewshot_rt.errors import ConfigError, DataError, ModelError
+from fewshot_rt.files import write_json
+from fewshot_rt.predictor import Predictor, Recipe
+from fewshot_rt.spec import ROLES, Signature
+from fewshot_rt.versions import versions
+
+from .engine import require_engine
+from .parity import Parity
+
+FORMAT = 1
+MANIFEST, PROMPT = "manifest.json", "prompt.safetensors"
+CHUNK_BYTES = 1 << 20
+AGAIN = "Export it again: fewshot-rt export."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a manifest says beside the files themselves.
+
+    files: the file of each role, by its name in the folder. parity: by role, then by tensor; the
+    role "answer" is the whole way. origin: base, revision, licence and whatever else is known of
+    where the weights came from, as JSON values.
+    """
+
+    engine: str
+    precision: str
+    recipe: Recipe
+    signatures: Mapping[str, Signature]
+    files: Mapping[str, str]
+    prompt: Mapping[str, np.ndarray]
+    parity: Mapping[str, Mapping[str, Parity]]
+    origin: Mapping[str, Any]
+
+
+@contextmanager
+def staged_bundle(folder: Path) -> Iterator[Path]:
+    """Lend a temporary folder that takes the place of a bundle if the block ends without an error.
+
+    An older bundle stays until then, and nothing is left behind after an error.
+    Raises: ConfigError if something else than a bundle is there; DataError if the disk is full or
+    the place cannot be written to.
+    """
+    if folder.exists() and not (folder / MANIFEST).is_file() and not _is_empty(folder):
+        raise ConfigError(
+            f"{folder} is there and is not a bundle; it is not replaced. Choose another folder."
+        )
+    staging = folder.with_name(f".part-{folder.name}-{os.getpid()}")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        _replace(staging, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"{folder} was not written: the disk is full. Free some space."
+            ) from error
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_bundle(staging: Path, contents: Contents) -> None:
+    """Complete a staged folder, in which the files of the roles are, with prompt and manifest.
+
+    Raises: DataError if the disk is full.
+    """
+    save_file({k: np.ascontiguousarray(v) for k, v in contents.prompt.items()}, staging / PROMPT)
+    files = {path.name: _fingerprint(path) for path in sorted(staging.iterdir())}
+    roles = {
+        role: {"file": contents.files[role], "signature": contents.signatures[role].to_dict()}
+        for role in ROLES
+    }
+    manifest = {
+        "format": FORMAT,
+        "engine": contents.engine,
+        "precision": contents.precision,
+        "origin": dict(contents.origin),
+        "recipe": contents.recipe.to_dict(),
+        "roles": roles,
+        "files": files,
+        "parity": {
+            role: {name: parity.to_dict() for name, parity in group.items()}
+            for role, group in contents.parity.items()
+        },
+        "versions": versions(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(staging / MANIFEST, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read what a bundle is, without opening it.
+
+    Raises: ModelError if there is none, or it is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ModelError(f"{folder} is not a bundle: it has no {MANIFEST}. {AGAIN}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged ({error}). {AGAIN}") from error
+    if version != FORMAT:
+        raise ModelError(
+            f"{folder} has bundle format {version}, and this fewshot-rt reads {FORMAT}. {AGAIN}"
+        )
+    return dict(manifest)
+
+
+def open_bundle(path: Path, *, device: str = "cpu", threads: int | None = None) -> Predictor:
+    """Open a bundle as a predictor, after checking every file of it.
+
+    threads: of one call; None leaves it to the engine.
+    Raises: ModelError if it is missing or damaged; EngineError if its engine or the device is not
+    there.
+    """
+    manifest = read_manifest(path)
+    try:
+        recipe = Recipe.from_dict(manifest["recipe"])
+        files = {role: str(manifest["roles"][role]["file"]) for role in ROLES}
+        signatures = {
+            role: Signature.from_dict(manifest["roles"][role]["signature"]) for role in ROLES
+        }
+        engine_name, precision = str(manifest["engine"]), str(manifest["precision"])
+        _check_files(path, manifest["files"], needed={*files.values(), PROMPT})
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ConfigError) as error:
+        raise ModelError(f"{path / MANIFEST} is damaged ({error!r}). {AGAIN}") from error
+    engine = require_engine(engine_name)
+    runners = {
+        role: engine.load(path / files[role], signatures[role], device=device, threads=threads)
+        for role in ROLES
+    }
+    origin = f"{recipe.task} {engine_name}-{precision}"
+    return Predictor(runners, prompt=_read_prompt(path), recipe=recipe, origin=origin)
+
+
+def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, needed: set[str]) -> None:
+    for name in sorted(needed | set(files)):
+        path, expected = folder / name, files[name]
+        if path.parent != folder:
+            raise ModelError(f"{folder / MANIFEST} names a file outside: {name!r}. {AGAIN}")
+        if not path.is_file():
+            raise ModelError(f"the bundle in {folder} lacks {name}. {AGAIN}")
+        size = path.stat().st_size
+        if size != expected["size_bytes"]:
+            raise ModelError(
+                f"{path} is damaged: it has {size} bytes and should have {expected['size_bytes']}. "
+                f"{AGAIN}"
+            )
+        if _fingerprint(path)["sha256"] != expected["sha256"]:
+            raise ModelError(f"{path} is damaged: its contents changed after export. {AGAIN}")
+
+
+def _read_prompt(folder: Path) -> dict[str, np.ndarray]:
+    try:
+        return dict(load_file(folder / PROMPT))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / PROMPT} is damaged ({error}). {AGAIN}") from error
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return {"size_bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _replace(staging: Path, folder: Path) -> None:
+    """Put the new bundle in place; the older one comes back if that fails."""
+    if not folder.exists():
+        os.rename(staging, folder)
+        return
+    older = folder.with_name(f".old-{folder.name}-{os.getpid()}")
+    os.rename(folder, older)
+    try:
+        os.rename(staging, folder)
+    except OSError:
+        os.rename(older, folder)
+        raise
+    shutil.rmtree(older, ignore_errors=True)

@@ -1,0 +1,107 @@
+"""What an engine is: a program to a file, and a file to a runner. One module of `engines` each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+import numpy as np
+
+from fewshot_rt.discover import load_module, module_names
+from fewshot_rt.errors import EngineError, ModelError
+from fewshot_rt.predictor import Runner
+from fewshot_rt.spec import Signature
+
+if TYPE_CHECKING:
+    from .program import Program
+
+ENGINES = "fewshot_rt.export.engines"
+
+
+class Engine(Protocol):
+    """Turns a program into a file and a file into a runner; a module of `engines` is one.
+
+    name: its own name. precisions: those that `build` takes. suffix: of the files that it writes.
+    """
+
+    name: str
+    precisions: tuple[str, ...]
+    suffix: str
+
+    def missing(self) -> str | None:
+        """Say why it cannot run here and what to install, as two sentences; None if it can."""
+        ...
+
+    def build(self, program: "Program", path: Path, *, precision: str) -> None:
+        """Write a program as a file; large weights may lie in further files beside it.
+
+        Raises: EngineError if the program cannot be built.
+        """
+        ...
+
+    def load(
+        self, path: Path, signature: Signature, *, device: str = "cpu", threads: int | None = None
+    ) -> Runner:
+        """Open a file as a runner. threads: of one call; None leaves it to the engine.
+
+        Raises: EngineError if the device is not there, ModelError if the file is damaged.
+        """
+        ...
+
+
+def engine_names() -> tuple[str, ...]:
+    """List the engines there are, whether or not they can run here."""
+    return module_names(ENGINES)
+
+
+def get_engine(name: str) -> Engine:
+    """Find an engine by name, whether or not it can run here.
+
+    Raises: ConfigError with the nearest name if there is no such engine.
+    """
+    return cast(Engine, load_module(ENGINES, name, kind="engine"))
+
+
+def available_engines() -> tuple[str, ...]:
+    """List the engines that can run here."""
+    return tuple(name for name in engine_names() if get_engine(name).missing() is None)
+
+
+def require_engine(name: str) -> Engine:
+    """Find an engine that can run here.
+
+    Raises: ConfigError if there is no such engine, EngineError if it cannot run here.
+    """
+    engine = get_engine(name)
+    reason = engine.missing()
+    if reason is not None:
+        others = ", ".join(available_engines()) or "none"
+        raise EngineError(
+            f"engine {name!r} cannot run here: {reason.rstrip('.')}, or choose one of: {others}."
+        )
+    return engine
+
+
+def missing_package(package: str, *, install: str) -> str | None:
+    """Say that a package is not installed and what to install for it; None if it is there."""
+    if find_spec(package) is not None:
+        return None
+    return f"the package {package!r} is not installed. Install {install}."
+
+
+def make_runner(
+    signature: Signature, run: Callable[[list[np.ndarray]], Sequence[np.ndarray]]
+) -> Runner:
+    """Wrap a function of arrays, in the signature's order, as a runner that checks its inputs."""
+
+    def runner(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        signature.check(tensors)
+        for spec in signature.inputs:
+            if tensors[spec.name].dtype != spec.dtype:
+                raise ModelError(
+                    f"{spec.name}: expected {spec.dtype}, got {tensors[spec.name].dtype}"
+                )
+        results = run([tensors[spec.name] for spec in signature.inputs])
+        return {spec.name: r for spec, r in zip(signature.outputs, results, strict=True)}
+
+    return runner

@@ -1,0 +1,73 @@
+"""Variants of a pair: the same flip, turn and crop for the input and the target.
+
+Axes: C channels, H W pixels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import ConfigError, unknown
+from .images import Pixels
+
+KINDS = ("flips", "turns", "crops")
+LEAST_CROP = 0.6  # of each side
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Which variants are made. flips: both ways; turns: by 90 degrees; crops: 0.6 to 1 a side.
+
+    They are right for tasks that depend on what is seen, not on where: a mask, an edge, a colour.
+    """
+
+    kinds: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise ConfigError(unknown("augmentation", kind, (*KINDS, "auto", "none")))
+
+    @classmethod
+    def parse(cls, text: str, *, codec: str) -> "Augmentation":
+        """Read "auto", "none", or names with commas.
+
+        "auto": all for masks and labels, none for pictures, whose task may be about places (a flip, a
+        zoom) or about light from above.
+        Raises: ConfigError for an unknown name.
+        """
+        if text == "none":
+            return cls(())
+        if text == "auto":
+            return cls(KINDS if codec in ("mask", "labels") else ())
+        return cls(tuple(part.strip() for part in text.split(",")))
+
+    def variant(
+        self, source: Pixels, target: Pixels, *, index: int, seed: int
+    ) -> tuple[Pixels, Pixels]:
+        """Make one variant; index 0 is the pair itself.
+
+        Shapes: source, target uint8 [H, W, 3]; result uint8 [H', W', 3] with H' / W' as H / W for
+        crops; turns are made only where the image is square.
+        """
+        if index == 0 or not self.kinds:
+            return source, target
+        rng = np.random.default_rng((seed, index))
+        draws = rng.random(6)
+        images = [source, target]
+        if "flips" in self.kinds:
+            images = [image[:, ::-1] if draws[0] < 0.5 else image for image in images]
+            images = [image[::-1] if draws[1] < 0.5 else image for image in images]
+        if "turns" in self.kinds and source.shape[0] == source.shape[1]:
+            images = [np.rot90(image, int(4 * draws[2])) for image in images]
+        if "crops" in self.kinds:
+            scale = LEAST_CROP + (1 - LEAST_CROP) * draws[3]
+            images = [_crop(image, scale, draws[4], draws[5]) for image in images]
+        return np.ascontiguousarray(images[0]), np.ascontiguousarray(images[1])
+
+
+def _crop(image: Pixels, scale: float, down: float, right: float) -> Pixels:
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    top = round(down * (image.shape[0] - height))
+    left = round(right * (image.shape[1] - width))
+    return image[top : top + height, left : left + width]

@@ -1,0 +1,267 @@
+"""The tiny video autoencoder: frame-wise convolutions and a one-frame memory, causal in time.
+
+The block layout (memory blocks, time pooling and growing) is that of TAEHV, Boer Bohan 2024.
+Axes: B batch, T frames, H W pixels, F latent frames, C channels, h w latent grid; N = B x frames.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Sizes of a tiny video autoencoder.
+
+    patch: pixels a side folded into channels before anything else. space, time: the factor of each
+    level from pixels to latents. widths: channels of each level, and of the layer before them.
+    blocks: memory blocks in each level. has_shortcut: a linear map beside the layers, so that they
+    only learn what principal components leave (as in Chen et al. 2025, DC-AE, sec. 3.2).
+    """
+
+    latent_channels: int = 12
+    patch: int = 2
+    space: tuple[int, ...] = (2, 1)
+    time: tuple[int, ...] = (2, 2)
+    widths: tuple[int, ...] = (32, 64, 64)
+    blocks: tuple[int, ...] = (0, 2, 2)
+    has_shortcut: bool = True
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
+
+    @property
+    def space_factor(self) -> int:
+        """Pixels a side of one latent cell."""
+        factor = self.patch
+        for stride in self.space:
+            factor *= stride
+        return factor
+
+    @property
+    def time_factor(self) -> int:
+        """Frames of one latent frame."""
+        factor = 1
+        for stride in self.time:
+            factor *= stride
+        return factor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "AutoencoderConfig":
+        """Make a configuration from its JSON."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class Memory(nn.Module):
+    """A residual block that also sees the frame before."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            _conv(2 * channels, channels),
+            nn.ReLU(),
+            _conv(channels, channels),
+            nn.ReLU(),
+            _conv(channels, channels),
+        )
+
+    def forward(self, frames: Tensor, before: Tensor) -> Tensor:
+        """Shapes: frames, before, result [N, C, h, w]."""
+        return functional.relu(self.conv(torch.cat([frames, before], 1)) + frames)
+
+
+class TimePool(nn.Module):
+    """Merge each run of `stride` frames into one."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(channels * stride, channels, 1, bias=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Shapes: [N, C, h, w] -> [N / stride, C, h, w]."""
+        n, c, h, w = frames.shape
+        merged: Tensor = self.conv(frames.reshape(n // self.stride, c * self.stride, h, w))
+        return merged
+
+
+class TimeGrow(nn.Module):
+    """Split each frame into `stride` frames."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(channels, channels * stride, 1, bias=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Shapes: [N, C, h, w] -> [N x stride, C, h, w]."""
+        n, c, h, w = frames.shape
+        split: Tensor = self.conv(frames).reshape(n * self.stride, c, h, w)
+        return split
+
+
+class SoftClamp(nn.Module):
+    """Keep latents within -3 and 3, smoothly."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Shapes: any."""
+        return torch.tanh(latents / 3) * 3
+
+
+class TinyVideoAutoencoder(nn.Module):
+    """Encode 1 + k x time_factor frames to 1 + k latent frames, and back.
+
+    The first frame is repeated to fill its latent frame, so a video's first latent frame is that of
+    its first image alone.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = _encoder(config)
+        self.decoder = _decoder(config)
+        if config.has_shortcut:
+            pixels = 3 * config.space_factor**2 * config.time_factor
+            self.shortcut_in = nn.Conv2d(pixels, config.latent_channels, 1)
+            self.shortcut_out = nn.Conv2d(config.latent_channels, pixels, 1)
+        mean = config.latents_mean or (0.0,) * config.latent_channels
+        std = config.latents_std or (1.0,) * config.latent_channels
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Encode a video to normalised latents.
+
+        Shapes: video [B, 3, T, H, W], T = 1 + k x time_factor; result [B, C, 1 + k, h, w].
+        """
+        lead = video[:, :, :1].expand(-1, -1, self.config.time_factor - 1, -1, -1)
+        video = torch.cat([lead, video], dim=2).transpose(1, 2)
+        frames = functional.pixel_unshuffle(video, self.config.patch)
+        latents = _run(self.encoder, frames, keep=None)
+        if self.config.has_shortcut:
+            cells = self._cells(video)
+            latents = latents + self.shortcut_in(cells.flatten(0, 1)).unflatten(0, cells.shape[:2])
+        return ((latents - self.mean) / self.std).transpose(1, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode all frames. Shapes: [B, C, F, h, w] -> [B, 3, T, H, W]."""
+        frames = self._decode(latents, keep=None)
+        return frames[:, :, self.config.time_factor - 1 :]
+
+    def decode_last(self, latents: Tensor) -> Tensor:
+        """Decode the last frame, computing only what it needs; equal to `decode(...)[:, :, -1]`.
+
+        Shapes: latents [B, C, F, h, w]; result [B, 3, H, W].
+        """
+        return self._decode(latents, keep=1)[:, :, 0]
+
+    def _decode(self, latents: Tensor, keep: int | None) -> Tensor:
+        latents = latents.transpose(1, 2) * self.std + self.mean
+        frames = _run(self.decoder, latents, keep=keep)
+        video = functional.pixel_shuffle(frames, self.config.patch)
+        if self.config.has_shortcut:
+            video = video + self._linear(latents, keep=video.shape[1])
+        return video.transpose(1, 2)
+
+    def _cells(self, video: Tensor) -> Tensor:
+        """Gather the pixels behind each latent cell. Shapes: [B, T, 3, H, W] -> [B, F, P, h, w]."""
+        cells = functional.pixel_unshuffle(video, self.config.space_factor)
+        return cells.unflatten(1, (-1, self.config.time_factor)).flatten(2, 3)
+
+    def _linear(self, latents: Tensor, *, keep: int) -> Tensor:
+        """Decode the last `keep` frames with the shortcut alone."""
+        frames = -(-keep // self.config.time_factor)
+        latents = latents[:, -frames:]
+        cells = self.shortcut_out(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        cells = cells.unflatten(2, (self.config.time_factor, -1)).flatten(1, 2)
+        return functional.pixel_shuffle(cells[:, -keep:], self.config.space_factor)
+
+    @torch.no_grad()
+    def fit_shortcut(self, images: Tensor) -> None:
+        """Set the shortcut to the principal components of images, and the last layers to zero.
+
+        A latent frame then holds the mean of its frames. Shapes: images [B, 3, H, W].
+        """
+        factor, repeats = self.config.space_factor, self.config.time_factor
+        cells = functional.pixel_unshuffle(images, factor).movedim(1, -1).flatten(0, -2)
+        mean = cells.mean(dim=0)
+        powers, axes = torch.linalg.eigh((cells - mean).T @ (cells - mean) / len(cells))
+        axes = axes[:, -self.config.latent_channels :].flip(1)
+        scale = powers[-1].sqrt()
+        into = (axes.T / scale).repeat(1, repeats) / repeats
+        self.shortcut_in.weight.copy_(into[..., None, None])
+        self.shortcut_in.bias.copy_(-(axes.T @ mean) / scale)
+        self.shortcut_out.weight.copy_((axes * scale).repeat(repeats, 1)[..., None, None])
+        self.shortcut_out.bias.copy_(mean.repeat(repeats))
+        for last in (self.encoder[-1], self.decoder[-1]):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+
+def _conv(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
+
+
+def _encoder(config: AutoencoderConfig) -> nn.Sequential:
+    widths = config.widths
+    layers: list[nn.Module] = [_conv(3 * config.patch**2, widths[0]), nn.ReLU()]
+    layers += [Memory(widths[0]) for _ in range(config.blocks[0])]
+    for level, (space, time) in enumerate(zip(config.space, config.time, strict=True)):
+        before, width = widths[level], widths[level + 1]
+        layers += [TimePool(before, time), _conv(before, width, stride=space, bias=False)]
+        layers += [Memory(width) for _ in range(config.blocks[level + 1])]
+    return nn.Sequential(*layers, _conv(widths[-1], config.latent_channels))
+
+
+def _decoder(config: AutoencoderConfig) -> nn.Sequential:
+    widths = config.widths[::-1]
+    layers: list[nn.Module] = [SoftClamp(), _conv(config.latent_channels, widths[0]), nn.ReLU()]
+    strides = zip(config.space[::-1], config.time[::-1], strict=True)
+    for level, (space, time) in enumerate(strides):
+        width, after = widths[level], widths[level + 1]
+        layers += [Memory(width) for _ in range(config.blocks[::-1][level])]
+        layers += [nn.Upsample(scale_factor=space) if space > 1 else nn.Identity()]
+        layers += [TimeGrow(width, time)]
+        layers += [_conv(width, after, bias=False)]
+    layers += [Memory(widths[-1]) for _ in range(config.blocks[0])]
+    return nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3 * config.patch**2))
+
+
+def _run(layers: nn.Sequential, frames: Tensor, *, keep: int | None) -> Tensor:
+    """Run the layers over all frames at once, computing only what the last `keep` frames need.
+
+    Shapes: frames [B, T, C, H, W]; result [B, T', C', H', W'].
+    """
+    needed = _needed(layers, keep)
+    for layer, need in zip(layers, needed, strict=True):
+        if need is not None:
+            # A memory block wants one frame more than it gives; see below.
+            frames = frames[:, -need:]
+        batch, count = frames.shape[:2]
+        if isinstance(layer, Memory):
+            before = functional.pad(frames, (0, 0, 0, 0, 0, 0, 1, 0))[:, :count]
+            if need is not None and count == need and need > 1:
+                frames, before = frames[:, 1:], frames[:, :-1]
+            flat = layer(frames.flatten(0, 1), before.flatten(0, 1))
+        else:
+            flat = layer(frames.flatten(0, 1))
+        frames = flat.unflatten(0, (batch, -1))
+    return frames if keep is None else frames[:, -keep:]
+
+
+def _needed(layers: nn.Sequential, keep: int | None) -> list[int | None]:
+    """Give, for each layer, how many of the last frames it must see to give the last `keep`."""
+    needed: list[int | None] = []
+    for layer in reversed(layers):
+        if keep is not None and isinstance(layer, Memory):
+            keep += 1
+        if keep is not None and isinstance(layer, TimeGrow):
+            keep = -(-keep // layer.stride)
+        needed.append(keep)
+    return needed[::-1]

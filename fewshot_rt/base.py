@@ -1,0 +1,53 @@
+"""What every frozen video model looks like from above, whatever its family."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from .schedule import Schedule
+from .spec import Geometry
+
+if TYPE_CHECKING:
+    from torch import Tensor, device, nn
+
+
+class Base(Protocol):
+    """A frozen image-to-video model made flat. Axes: B batch, C F h w latents, T H W pixels.
+
+    name, revision: where it came from; an adapter fits one name and revision.
+    lora_targets: names of the linear layers that an adapter changes, as PEFT takes them.
+    Pixels are in [-1, 1]; latents are normalised to about unit variance.
+    """
+
+    name: str
+    revision: str
+    geometry: Geometry
+    schedule: Schedule
+    lora_targets: tuple[str, ...]
+    device: "device"
+
+    def embed(self, prompt: str) -> "dict[str, Tensor]":
+        """Embed a prompt. Shapes: every tensor [1, ...]; a denoiser repeats it over its batch."""
+        ...
+
+    def encode(self, video: "Tensor") -> "Tensor":
+        """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
+        ...
+
+    def decode_last(self, latents: "Tensor") -> "Tensor":
+        """Decode only the last frame. Shapes: [B, C, F, h, w] -> [B, 3, H, W]."""
+        ...
+
+    def condition(self, image: "Tensor") -> "dict[str, Tensor]":
+        """Give what the denoiser must know of the first frame. Shapes: [B, 3, H, W] -> [B, ...]."""
+        ...
+
+    def denoiser(self) -> "nn.Module":
+        """Give the module that predicts: forward(noisy, time, **conditions, **prompt).
+
+        Shapes: noisy and result [B, C, F, h, w]; time [B]. Its `.transformer` is the diffusers
+        model that adapters attach to. The same module is given at every call.
+        """
+        ...
+
+
+Conditions = Mapping[str, "Tensor"]

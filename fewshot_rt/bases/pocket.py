@@ -1,0 +1,182 @@
+"""pocket: the small video model in the box, of the Wan TI2V family. See DESIGN.md in the sources.
+
+The first latent frame is given clean, at time 0; the others are denoised by flow matching.
+Axes: B batch, C channels, T frames, H W pixels, F latent frames, h w latent grid, L tokens, D width.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..autoencoder import AutoencoderConfig, TinyVideoAutoencoder
+from ..errors import ModelError
+from ..schedule import Schedule
+from ..spec import Geometry
+
+WEIGHTS = Path(__file__).parent.parent / "weights" / "pocket"
+WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
+TIME_SCALE = 1000  # the transformer counts time from 0 to 1000
+PROMPT_WORDS = 4  # tokens of a prompt
+TRANSFORMER = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 3,
+    "attention_head_dim": 64,
+    "in_channels": 12,
+    "out_channels": 12,
+    "text_dim": 64,
+    "freq_dim": 128,
+    "ffn_dim": 768,
+    "num_layers": 6,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 64,
+}
+
+
+class PocketDenoiser(nn.Module):
+    """The transformer behind the one layout that all bases share."""
+
+    def __init__(self, transformer: WanTransformer3DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, noisy: Tensor, time: Tensor, first: Tensor, prompt: Tensor) -> Tensor:
+        """Predict noise - clean. The first frame's prediction leads exactly to `first`.
+
+        Shapes: noisy, result [B, C, F, h, w]; time [B] in (0, 1]; first [B, C, 1, h, w];
+        prompt [1, L, D].
+        """
+        tokens = (noisy.shape[3] // 2) * (noisy.shape[4] // 2)
+        frame_time = torch.cat(
+            [torch.zeros_like(time)[:, None], time[:, None].expand(-1, noisy.shape[2] - 1)], dim=1
+        )
+        prediction = self.transformer(
+            hidden_states=torch.cat([first, noisy[:, :, 1:]], dim=2),
+            timestep=(frame_time * TIME_SCALE).repeat_interleave(tokens, dim=1),
+            encoder_hidden_states=prompt.expand(noisy.shape[0], -1, -1),
+            return_dict=False,
+        )[0]
+        towards_first = (noisy[:, :, :1] - first) / time[:, None, None, None, None]
+        return torch.cat([towards_first, prediction[:, :, 1:]], dim=2)
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """Words that the model was pretrained with, and their embeddings; word 0 says nothing.
+
+    Shapes: embeddings [words, D].
+    """
+
+    words: tuple[str, ...]
+    embeddings: Tensor
+
+    def ids(self, prompt: str) -> list[int]:
+        """Give the numbers of the known words of a prompt, filled up with word 0."""
+        known = [self.words.index(w) for w in prompt.lower().split() if w in self.words]
+        return (known + [0] * PROMPT_WORDS)[:PROMPT_WORDS]
+
+    def embed(self, prompt: str) -> Tensor:
+        """Embed a prompt; unknown words say nothing. Shapes: result [1, L, D]."""
+        return self.embeddings[self.ids(prompt)][None]
+
+
+class PocketBase:
+    """A frozen pocket model; see `fewshot_rt.base.Base`."""
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+    def __init__(
+        self,
+        *,
+        transformer: WanTransformer3DModel,
+        autoencoder: TinyVideoAutoencoder,
+        prompts: PromptTable,
+        index: dict[str, Any],
+    ) -> None:
+        self.name: str = index["name"]
+        self.revision: str = index["revision"]
+        self.schedule = Schedule(kind="flow")
+        self.prompts = prompts
+        self.autoencoder = autoencoder
+        config = autoencoder.config
+        self.geometry = Geometry(
+            channels=config.latent_channels,
+            time_factor=config.time_factor,
+            space_factor=config.space_factor,
+            multiple=2 * config.space_factor,
+            native=tuple(index["native"]),
+            frames=(5, 9),
+            known_frames=1,
+        )
+        self._denoiser = PocketDenoiser(transformer)
+        for module in (autoencoder, self._denoiser):
+            module.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self._denoiser.parameters()).device
+
+    def embed(self, prompt: str) -> dict[str, Tensor]:
+        """Embed a prompt. Shapes: prompt [1, L, D]."""
+        return {"prompt": self.prompts.embed(prompt)}
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
+        return self.autoencoder.encode(video)
+
+    def decode_last(self, latents: Tensor) -> Tensor:
+        """Decode only the last frame. Shapes: [B, C, F, h, w] -> [B, 3, H, W]."""
+        return self.autoencoder.decode_last(latents)
+
+    def condition(self, image: Tensor) -> dict[str, Tensor]:
+        """Encode the first frame. Shapes: image [B, 3, H, W]; first [B, C, 1, h, w]."""
+        return {"first": self.autoencoder.encode(image[:, :, None])}
+
+    def denoiser(self) -> PocketDenoiser:
+        """Give the module that predicts; the same at every call."""
+        return self._denoiser
+
+
+def open_base(name: str, *, device: str = "cpu") -> PocketBase:
+    """Open pocket, or a folder in its layout.
+
+    Raises: ModelError if a file is missing or damaged.
+    """
+    folder = WEIGHTS if name == "pocket" else Path(name)
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        config = AutoencoderConfig.from_dict(_config(folder / "vae"))
+        autoencoder = TinyVideoAutoencoder(config)
+        autoencoder.load_state_dict(_weights(folder / "vae"))
+        transformer = WanTransformer3DModel.from_config(_config(folder / "transformer"))
+        transformer.load_state_dict(_weights(folder / "transformer"))
+        words = tuple(json.loads((folder / "prompt" / "words.json").read_text()))
+        table = load_file(folder / "prompt" / "embeddings.safetensors")["embeddings"].float()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"the base in {folder} cannot be read ({error}). Reinstall fewshot-rt, or make a base "
+            "with `fewshot-rt pretrain`."
+        ) from error
+    return PocketBase(
+        transformer=transformer.to(device),
+        autoencoder=autoencoder.to(device),
+        prompts=PromptTable(words, table.to(device)),
+        index=index,
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in load_file(folder / WEIGHT_FILE).items()}

@@ -1,0 +1,77 @@
+"""Measure a predictor on pairs, beside the baselines."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .baselines import make_baselines
+from .errors import DataError
+from .images import Pixels, montage, read_image, write_image
+from .metrics import measure
+from .predict import answer_image, time_predictor
+from .predictor import Predictor
+from .task import Pair, Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics by who answered ("fewshot-rt" and the baselines), each as a mean over images.
+
+    scores: {who: {metric: mean}}. spread: the same, standard deviation over images.
+    """
+
+    scores: dict[str, dict[str, float]]
+    spread: dict[str, dict[str, float]]
+    images: int
+    images_per_second: float
+
+
+def evaluate(
+    predictor: Predictor, task: Task, *, known: Sequence[Pair], panel: Path | None = None
+) -> Evaluation:
+    """Answer the test pairs of a task (all its pairs if it has no split) and compare.
+
+    known: the pairs for training, from which the baselines are made; those of the task if empty.
+    panel: write rows of input | answer | target there.
+    Raises: DataError if there is no pair to measure on.
+    """
+    pairs = task.split("test").pairs or task.pairs
+    if not pairs:
+        raise DataError("there are no pairs to measure on")
+    codec, names = predictor.recipe.codec, predictor.recipe.metrics
+    images = [read_image(pair.source) for pair in pairs]
+    targets = [read_image(pair.target) for pair in pairs]
+    learned_from = known or task.split("train").pairs
+    answerers: dict[str, Callable[[Pixels], Pixels]] = {
+        "fewshot-rt": lambda image: answer_image(predictor, image)
+    }
+    if learned_from:
+        answerers |= make_baselines(learned_from, codec, size=predictor.recipe.size)
+    scores, spread = {}, {}
+    for who, answer in answerers.items():
+        answers = [answer(image) for image in images]
+        if who == "fewshot-rt" and panel:
+            write_panel(panel, images, answers, targets)
+        measured = [
+            measure(given, wanted, codec=codec, names=names)
+            for given, wanted in zip(answers, targets, strict=True)
+        ]
+        scores[who] = {name: float(np.mean([m[name] for m in measured])) for name in names}
+        spread[who] = {name: float(np.std([m[name] for m in measured])) for name in names}
+    return Evaluation(scores, spread, len(images), time_predictor(predictor, images))
+
+
+def write_panel(
+    path: Path,
+    images: Sequence[Pixels],
+    answers: Sequence[Pixels],
+    targets: Sequence[Pixels],
+    *,
+    rows: int = 6,
+) -> None:
+    """Write a picture with evenly chosen rows of input | answer | target."""
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(rows, len(images))).astype(int))
+    table = [[images[i], answers[i], targets[i]] for i in chosen]
+    write_image(path, montage(table, headings=["input", "answer", "target"], cell=192))

@@ -1,0 +1,98 @@
+"""The latents of a task's transition videos, encoded once and kept by content.
+
+Axes: N clips, C channels, F latent frames, h w latent grid.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .augment import Augmentation
+from .base import Base
+from .files import whole
+from .images import to_model
+from .task import Task, load_pair
+
+ENCODE_BATCH = 8
+
+
+@torch.no_grad()
+def encode_task(
+    base: Base,
+    task: Task,
+    *,
+    size: tuple[int, int],
+    augmentation: Augmentation,
+    variants: int,
+    seed: int,
+    cache: Path,
+) -> dict[str, Tensor]:
+    """Encode the videos of all pairs, each in several variants, or read them from the cache.
+
+    Shapes: "clean" [N, C, F, h, w], N = pairs x variants, the pairs themselves first; besides it
+    the base's conditions by name, [N, ...].
+    """
+    if not augmentation.kinds:
+        variants = 1
+    key = {
+        "base": [base.name, base.revision],
+        "task": task.digest(),
+        "pairs": [pair.name for pair in task.pairs],
+        "size": size,
+        "augmentation": augmentation.kinds,
+        "variants": variants,
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache / f"{digest}.safetensors"
+    kept = _read(path)
+    if kept is not None:
+        return kept
+    parts = list(_encode(base, _videos(task, size, augmentation, variants, seed), ENCODE_BATCH))
+    latents = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    with whole(path) as temporary:
+        save_file(latents, temporary)
+    return latents
+
+
+def _videos(
+    task: Task, size: tuple[int, int], augmentation: Augmentation, variants: int, seed: int
+) -> Iterator[np.ndarray]:
+    loaded = [load_pair(pair, task.codec) for pair in task.pairs]
+    for index in range(variants):
+        for number, (source, target) in enumerate(loaded):
+            draw = seed * 1000 + number
+            pair = augmentation.variant(source, target, index=index, seed=draw)
+            yield task.transition.video(*(to_model(image, size) for image in pair))
+
+
+def _encode(base: Base, videos: Iterator[np.ndarray], batch: int) -> Iterator[dict[str, Tensor]]:
+    waiting: list[np.ndarray] = []
+    for video in videos:
+        waiting.append(video)
+        if len(waiting) == batch:
+            yield _encode_batch(base, waiting)
+            waiting = []
+    if waiting:
+        yield _encode_batch(base, waiting)
+
+
+def _encode_batch(base: Base, videos: list[np.ndarray]) -> dict[str, Tensor]:
+    pixels = torch.from_numpy(np.stack(videos)).to(base.device)
+    tensors = {"clean": base.encode(pixels)} | base.condition(pixels[:, :, 0])
+    return {name: value.float().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """Read kept latents; a damaged file counts as none and is written anew."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None

@@ -1,0 +1,188 @@
+"""Answer a folder of images: threads read and write, the model answers in batches between them.
+
+Axes: B batch, H W pixels.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from .errors import DataError, FewshotError
+from .images import Floats, Pixels, find_images, read_image, to_model, write_image
+from .predictor import Predictor
+
+THREADS = 4
+AHEAD = 3  # batches read before they are needed
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to answer, and where its answer goes."""
+
+    source: Path
+    answer: Path
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What became of one image. status: "done", "kept" (it was there) or "failed"."""
+
+    job: Job
+    status: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    job: Job
+    size: tuple[int, int]
+    pixels: Floats
+
+
+def plan(source: Path, out: Path) -> list[Job]:
+    """List the images of a folder (or one image) and where their answers go.
+
+    An answer has the relative name of its image with the suffix .png; where two images differ only in
+    their suffix, the whole name is kept (a.jpg.png). Images inside `out` are left alone.
+    Raises: DataError if there is no image, or an answer would come to lie outside `out`.
+    """
+    if source.is_file():
+        return [Job(source, _inside(out, out / f"{source.stem}.png"))]
+    if not source.is_dir():
+        raise DataError(f"{source} does not exist. Give an image or a folder of images.")
+    apart = out.resolve()
+    images = [path for path in find_images(source) if apart not in path.resolve().parents]
+    if not images:
+        raise DataError(f"{source} holds no images (png, jpg, webp, bmp, tif).")
+    stems: dict[Path, int] = {}
+    for path in images:
+        stems[path.with_suffix("")] = stems.get(path.with_suffix(""), 0) + 1
+    jobs = []
+    for path in images:
+        name = path.relative_to(source)
+        is_alone = stems[path.with_suffix("")] == 1
+        name = name.with_suffix(".png") if is_alone else name.with_name(f"{name.name}.png")
+        jobs.append(Job(path, _inside(out, out / name)))
+    return jobs
+
+
+def predict(
+    predictor: Predictor, jobs: Iterable[Job], *, overwrite: bool = False
+) -> Iterator[Answered]:
+    """Answer images and write the answers, yielding each as it is settled.
+
+    An answer that is there is kept unless `overwrite`. An image that cannot be read or an answer that
+    cannot be written is yielded as failed, and the rest goes on.
+    """
+    waiting: deque[tuple[list[Job], list[Future[_Loaded]]]] = deque()
+    writing: deque[tuple[Job, Future[None]]] = deque()
+    todo = iter(jobs)
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            while True:
+                while len(waiting) < AHEAD:
+                    batch, kept = _next_batch(todo, predictor.recipe.batch, overwrite=overwrite)
+                    yield from (Answered(job, "kept") for job in kept)
+                    if not batch:
+                        break
+                    reads = [pool.submit(_load, job, predictor.recipe.size) for job in batch]
+                    waiting.append((batch, reads))
+                if not waiting:
+                    break
+                yield from _answer_batch(predictor, *waiting.popleft(), pool, writing)
+                yield from _settled(writing, leave=2 * predictor.recipe.batch)
+            yield from _settled(writing, leave=0)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def answer_image(predictor: Predictor, pixels: Pixels) -> Pixels:
+    """Answer one image at its own size.
+
+    Shapes: pixels uint8 [H, W, 3]; result uint8 [H, W] or [H, W, 3], as the codec writes it.
+    """
+    answer = predictor.answer(to_model(pixels, predictor.recipe.size)[None])[0]
+    height, width = pixels.shape[:2]
+    return predictor.recipe.codec.decode(answer, (height, width))
+
+
+def time_predictor(predictor: Predictor, images: list[Pixels]) -> float:
+    """Answer images in memory, in batches, and give images a second."""
+    started = time.perf_counter()
+    batch = predictor.recipe.batch
+    for start in range(0, len(images), batch):
+        chunk = images[start : start + batch]
+        ready = np.stack([to_model(pixels, predictor.recipe.size) for pixels in chunk])
+        for pixels, answer in zip(chunk, predictor.answer(ready), strict=True):
+            height, width = pixels.shape[:2]
+            predictor.recipe.codec.decode(answer, (height, width))
+    return len(images) / (time.perf_counter() - started)
+
+
+def _next_batch(todo: Iterator[Job], count: int, *, overwrite: bool) -> tuple[list[Job], list[Job]]:
+    """Take jobs up to a full batch; give those to do, and those whose answer is kept."""
+    batch: list[Job] = []
+    kept: list[Job] = []
+    while len(batch) < count:
+        taken = list(islice(todo, 1))
+        if not taken:
+            break
+        is_kept = taken[0].answer.exists() and not overwrite
+        (kept if is_kept else batch).append(taken[0])
+    return batch, kept
+
+
+def _load(job: Job, size: tuple[int, int]) -> _Loaded:
+    pixels = read_image(job.source)
+    height, width = pixels.shape[:2]
+    return _Loaded(job, (height, width), to_model(pixels, size))
+
+
+def _answer_batch(
+    predictor: Predictor,
+    batch: list[Job],
+    reads: list["Future[_Loaded]"],
+    pool: ThreadPoolExecutor,
+    writing: "deque[tuple[Job, Future[None]]]",
+) -> Iterator[Answered]:
+    loaded: list[_Loaded] = []
+    for job, read in zip(batch, reads, strict=True):
+        try:
+            loaded.append(read.result())
+        # The border of one image: whatever is wrong with it, the others go on.
+        except (FewshotError, OSError, ValueError, MemoryError) as error:
+            yield Answered(job, "failed", str(error))
+    if not loaded:
+        return
+    answers = predictor.answer(np.stack([item.pixels for item in loaded]))
+    for item, answer in zip(loaded, answers, strict=True):
+        writing.append((item.job, pool.submit(_write, predictor, item, answer)))
+
+
+def _write(predictor: Predictor, item: _Loaded, answer: Floats) -> None:
+    write_image(item.job.answer, predictor.recipe.codec.decode(answer, item.size))
+
+
+def _settled(writing: "deque[tuple[Job, Future[None]]]", *, leave: int) -> Iterator[Answered]:
+    """Wait for answers to be written until only a few are under way."""
+    while len(writing) > leave:
+        job, write = writing.popleft()
+        try:
+            write.result()
+        except (FewshotError, OSError, ValueError) as error:
+            yield Answered(job, "failed", str(error))
+        else:
+            yield Answered(job, "done")
+
+
+def _inside(out: Path, answer: Path) -> Path:
+    """Require that an answer lies in `out` even where links lead elsewhere."""
+    if out.resolve() not in answer.resolve().parents:
+        raise DataError(f"{answer} leads out of {out} through a link. Give another --out.")
+    return answer

@@ -1,0 +1,27 @@
+"""Settings of pretraining; apart from it, so that the command line shows them without torch."""
+
+from dataclasses import dataclass
+
+from .config import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Settings of `fewshot-rt pretrain`."""
+
+    name: str = option("pocket", "name of the base, kept in its files and in every adapter")
+    minutes: float = option(60.0, "time for the whole run, resumed parts included")
+    autoencoder_share: float = option(0.15, "share of the time that trains the autoencoder")
+    batch: int = option(64, "clips a step at half size; a quarter of it at native size")
+    native: int = option(128, "height and width of the images")
+    half_share: float = option(0.65, "share of the denoiser's time at half size")
+    rate: float = option(0.002, "learning rate of the denoiser")
+    autoencoder_rate: float = option(0.001, "learning rate of the autoencoder")
+    silent_words: float = option(0.3, "share of clips whose event is not named")
+    pure_noise: float = option(0.4, "share of clips at time 1; half of these with zero noise")
+    layers: int = option(6, "transformer blocks")
+    heads: int = option(3, "attention heads of 64")
+    seed: int = option(0, "random seed")
+    device: str = option("cpu", "cpu or cuda")
+    save_minutes: float = option(5.0, "time between checkpoints and panels")
+    compile: bool = option(True, "compile the training step")

@@ -1,0 +1,159 @@
+"""Run folders: what training writes, and how a run opens as a base or as a predictor.
+
+config.json   resolved settings, recipe and versions      task.json    the task and its pairs
+adapter/      LoRA weights, as PEFT saves them            metrics.jsonl, panels/, state/, card.md
+bundles/      what `export` writes
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import FewshotError, ModelError
+from .files import write_json, write_text
+from .predictor import Predictor, Recipe
+from .versions import versions
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .base import Base
+    from .task import Task
+    from .train_config import TrainConfig
+
+LATEST = "latest"
+HINT = "Train one: fewshot-rt train PAIRS. Or name another with --runs, or a path."
+CONFIG_FILE, TASK_FILE, MANIFEST_FILE = "config.json", "task.json", "manifest.json"
+# Steps and noise that fit what was learned; seeds are those of training.
+SAMPLING = {"onestep": (1, "zero"), "diffusion": (8, "seeded")}
+
+
+def make_recipe(base: "Base", task: "Task", config: "TrainConfig") -> Recipe:
+    """Give the recipe that fits an adapter trained with these settings."""
+    steps, noise = SAMPLING[config.objective]
+    height, width = base.geometry.native
+    frames = task.transition.frames
+    return Recipe(
+        task=task.name,
+        codec=task.codec,
+        metrics=task.metrics,
+        size=(height, width),
+        latent_shape=base.geometry.latent_shape(frames=frames, height=height, width=width),
+        schedule=base.schedule,
+        steps=steps,
+        noise=noise,
+        seed=config.seed,
+    )
+
+
+def write_run(folder: Path, *, config: "TrainConfig", task: "Task", recipe: Recipe) -> None:
+    """Write what a run needs besides its adapter.
+
+    Raises: DataError if the disk is full or the folder cannot be written to.
+    """
+    values = {
+        "train": vars(config),
+        "recipe": recipe.to_dict(),
+        "task_digest": task.digest(),
+        "versions": versions(),
+    }
+    write_json(folder / CONFIG_FILE, values)
+    write_json(folder / TASK_FILE, task.to_dict())
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read the settings of a run: "train", "recipe", "task_digest", "versions", and the "task".
+
+    Raises: ModelError if the folder is no run or its files are damaged.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelError(f"{folder} is no run: there is no {CONFIG_FILE}. {HINT}")
+    try:
+        values: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+        values["task"] = json.loads((folder / TASK_FILE).read_text())
+        values["recipe"] = Recipe.from_dict(values["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, FewshotError) as error:
+        raise ModelError(f"the run {folder} is damaged: {error}. Train it again.") from error
+    return values
+
+
+def open_merged(folder: Path, *, device: str = "cpu") -> "tuple[Base, Adapter, dict[str, Any]]":
+    """Open a run's base with its adapter merged; give the adapter and the run's settings too.
+
+    Raises: ModelError if the run, its adapter or its base is missing, damaged or does not fit.
+    """
+    from .adapter import Adapter
+    from .bases import open_base
+
+    values = read_run(folder)
+    adapter = Adapter.load(folder)
+    base = open_base(values["train"]["base"], device=device)
+    adapter.merge(base)
+    return base, adapter, values
+
+
+def open_run(folder: Path, *, device: str = "cpu") -> Predictor:
+    """Open a run as a predictor that runs in plain PyTorch.
+
+    Raises: ModelError if the run, its adapter or its base is missing, damaged or does not fit.
+    """
+    base, _, values = open_merged(folder, device=device)
+    return base_predictor(base, values["recipe"], values["task"]["prompt"], origin=str(folder))
+
+
+def base_predictor(base: "Base", recipe: Recipe, prompt: str, *, origin: str) -> Predictor:
+    """Make a predictor of a base as it is, with whatever adapter it holds."""
+    from .roles import eager_runners, make_signatures
+
+    embedded = base.embed(prompt)
+    signatures = make_signatures(
+        base,
+        embedded,
+        frames=1 + (recipe.latent_shape[1] - 1) * base.geometry.time_factor,
+        size=recipe.size,
+        batch=recipe.batch,
+    )
+    return Predictor(
+        eager_runners(base, signatures),
+        prompt={name: value.cpu().numpy() for name, value in embedded.items()},
+        recipe=recipe,
+        origin=origin,
+    )
+
+
+def mark_latest(folder: Path) -> None:
+    """Let `latest`, beside the run, point to it: a link, or a file with its name."""
+    link = folder.parent / LATEST
+    temporary = folder.parent / f".{LATEST}-{os.getpid()}"
+    try:
+        temporary.symlink_to(folder.name)
+    except OSError:
+        write_text(link, folder.name + "\n")
+        return
+    os.replace(temporary, link)
+
+
+def latest_run(runs: Path) -> Path:
+    """Find the run that was trained last.
+
+    Raises: ModelError if there is none.
+    """
+    link = runs / LATEST
+    name = link.read_text().strip() if link.is_file() else LATEST
+    if not (runs / name / CONFIG_FILE).is_file():
+        raise ModelError(f"there is no trained run in {runs}. {HINT}")
+    return (runs / name).resolve()
+
+
+def newest_model(run: Path) -> Path:
+    """Give the bundle of a run that was written last, or the run itself if it has none newer."""
+    manifests = [
+        p for p in run.glob(f"bundles/*/{MANIFEST_FILE}") if not p.parent.name.startswith(".")
+    ]
+    trained = run / "adapter" / "adapter_model.safetensors"
+    newer = [p for p in manifests if not trained.exists() or _age(p) >= _age(trained)]
+    return max(newer, key=_age).parent if newer else run
+
+
+def _age(path: Path) -> int:
+    return path.stat().st_mtime_ns

@@ -1,0 +1,126 @@
+"""What passes between roles: named tensors, their axes, and the shapes of videos and latents."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .errors import ModelError
+
+Array = Any  # numpy.ndarray or torch.Tensor
+ROLES = ("encoder", "denoiser", "decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How a base lays out pixels and latents.
+
+    channels: C of the latents. time_factor, space_factor: pixels per latent; a video of 1 + k x
+    time_factor frames has 1 + k latent frames. multiple: pixels that height and width must divide by.
+    native: (height, width) it was pretrained at. frames: the T it is made for, shortest first.
+    known_frames: latent frames at the start that the condition already fixes; no loss there.
+    """
+
+    channels: int
+    time_factor: int
+    space_factor: int
+    multiple: int
+    native: tuple[int, int]
+    frames: tuple[int, ...]
+    known_frames: int = 0
+
+    def latent_shape(self, *, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Give (C, F, h, w) of a video.
+
+        Raises: ModelError if the size or the number of frames does not fit this base.
+        """
+        if height % self.multiple or width % self.multiple:
+            raise ModelError(
+                f"{width}x{height} does not fit: both sides must be multiples of {self.multiple}"
+            )
+        if (frames - 1) % self.time_factor:
+            raise ModelError(
+                f"{frames} frames do not fit: use 1 + a multiple of {self.time_factor}"
+            )
+        latent_frames = 1 + (frames - 1) // self.time_factor
+        return self.channels, latent_frames, height // self.space_factor, width // self.space_factor
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor: its NumPy type name and its axes, a number each or a name if it may vary."""
+
+    name: str
+    dtype: str
+    axes: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    """The named tensors of one role, and the sizes (least, usual, most) of every axis that varies.
+
+    It alone gives example inputs, dynamic shapes, axis names and run-time checks.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    sizes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    def shape(self, spec: TensorSpec, **sizes: int) -> tuple[int, ...]:
+        """Give the shape of a tensor at the usual sizes, or at those given by axis name."""
+        return tuple(
+            axis if isinstance(axis, int) else sizes.get(axis, self.sizes[axis][1])
+            for axis in spec.axes
+        )
+
+    def example(self, *, seed: int = 0, **sizes: int) -> dict[str, np.ndarray]:
+        """Draw example inputs: standard normal, but a tensor named "time" in (0, 1)."""
+        rng = np.random.default_rng(seed)
+        return {spec.name: _draw(rng, spec, self.shape(spec, **sizes)) for spec in self.inputs}
+
+    def varying(self, spec: TensorSpec) -> Iterator[tuple[int, str]]:
+        """List (position, name) of the axes of a tensor that vary."""
+        return ((i, axis) for i, axis in enumerate(spec.axes) if isinstance(axis, str))
+
+    def check(self, tensors: Mapping[str, Array]) -> None:
+        """Require that tensors fit: names, ranks, fixed axes, ranges, one size for one axis name.
+
+        Raises: ModelError with the name of the tensor and what was expected.
+        """
+        expected = {spec.name for spec in self.inputs}
+        if set(tensors) != expected:
+            raise ModelError(f"expected tensors {sorted(expected)}, got {sorted(tensors)}")
+        seen: dict[str, int] = {}
+        for spec in self.inputs:
+            shape = tuple(tensors[spec.name].shape)
+            if len(shape) != len(spec.axes):
+                raise ModelError(f"{spec.name}: expected axes {spec.axes}, got shape {shape}")
+            for size, axis in zip(shape, spec.axes, strict=True):
+                if not self._fits(size, axis, seen):
+                    raise ModelError(f"{spec.name}: axes {spec.axes} do not admit {shape}")
+
+    def _fits(self, size: int, axis: int | str, seen: dict[str, int]) -> bool:
+        if isinstance(axis, int):
+            return size == axis
+        least, _, most = self.sizes[axis]
+        return least <= size <= most and seen.setdefault(axis, size) == size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Signature":
+        """Make a signature from what `to_dict` gave, or from its JSON."""
+        inputs, outputs = (
+            tuple(TensorSpec(v["name"], v["dtype"], tuple(v["axes"])) for v in values[key])
+            for key in ("inputs", "outputs")
+        )
+        sizes = {name: (v[0], v[1], v[2]) for name, v in values["sizes"].items()}
+        return cls(inputs=inputs, outputs=outputs, sizes=sizes)
+
+
+def _draw(rng: np.random.Generator, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
+    values = rng.uniform(0.05, 0.95, shape) if spec.name == "time" else rng.normal(size=shape)
+    return values.astype(spec.dtype)

@@ -1,0 +1,216 @@
+"""Train an adapter from a few pairs: latents once, then a loop that yields its steps.
+
+Axes: B batch, C channels, F latent frames, h w latent grid.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .adapter import Provenance, add_lora
+from .augment import Augmentation
+from .base import Base
+from .errors import ModelError
+from .files import whole
+from .latents import encode_task
+from .optimise import Optimiser, Pace, arithmetic
+from .schedule import Schedule
+from .task import Task
+from .train_config import TrainConfig
+from .versions import versions
+
+STATE_FILE = "state/train.pt"
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What one update tells. Units: progress in [0, 1]; seconds of training left, estimated."""
+
+    step: int
+    loss: float
+    progress: float
+    seconds_left: float
+    gradient_norm: float
+
+
+def train(
+    base: Base, task: Task, config: TrainConfig, folder: Path, *, cache: Path
+) -> Iterator[TrainStep]:
+    """Train an adapter on the pairs of a task and leave it attached to the base.
+
+    Goes on from the state in the folder, if there is one; saves it every so often, at the end, and
+    when the loop is left early (Ctrl-C). Step 0 is yielded before the first update.
+    Raises: ModelError if the loss stops being a number.
+    """
+    loop = _Loop(base, task, config, cache)
+    loop.resume(folder / STATE_FILE)
+    yield TrainStep(loop.step_count, float("nan"), loop.progress(), loop.seconds_left(), 0.0)
+    saved = time.monotonic()
+    try:
+        while loop.progress() < 1:
+            yield loop.update()
+            if time.monotonic() - saved > config.save_seconds:
+                loop.save(folder / STATE_FILE)
+                saved = time.monotonic()
+    finally:
+        loop.save(folder / STATE_FILE)
+    loop.take_average()
+
+
+def make_provenance(base: Base, task: Task, config: TrainConfig, *, steps: int) -> Provenance:
+    """Write down where an adapter comes from."""
+    return Provenance(
+        base=base.name,
+        revision=base.revision,
+        task=task.name,
+        digest=task.digest(),
+        shots=len(task.pairs),
+        seed=config.seed,
+        objective=config.objective,
+        steps=steps,
+        versions=versions(),
+    )
+
+
+class _Loop:
+    """The adapter, its optimiser and its data, and how they are saved."""
+
+    def __init__(self, base: Base, task: Task, config: TrainConfig, cache: Path) -> None:
+        self.base, self.config = base, config
+        encoded = encode_task(
+            base,
+            task,
+            size=base.geometry.native,
+            augmentation=Augmentation.parse(config.augment, codec=task.codec.name),
+            variants=config.variants,
+            seed=config.seed,
+            cache=cache,
+        )
+        self.encoded = {name: value.to(base.device) for name, value in encoded.items()}
+        self.prompt = base.embed(task.prompt)
+        self.optimiser = Optimiser(
+            add_lora(base, rank=config.rank, alpha=config.alpha, seed=config.seed),
+            pace=Pace(rate=config.rate, warmup=config.warmup, decay=0.3),
+            clip=config.clip,
+            average=config.average,
+        )
+        self.generator = torch.Generator(base.device).manual_seed(config.seed)
+        self.seconds = 0.0
+
+    @property
+    def step_count(self) -> int:
+        return self.optimiser.step_count
+
+    def progress(self) -> float:
+        """Say how much of the steps, or of the minutes if they end sooner, is done."""
+        by_steps = self.step_count / self.config.steps
+        minutes = self.config.minutes
+        by_time = self.seconds / (60 * minutes) if minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def seconds_left(self) -> float:
+        """Estimate the seconds of training left; not a number before the first step."""
+        progress = self.progress()
+        return self.seconds * (1 - progress) / progress if progress else float("nan")
+
+    def update(self) -> TrainStep:
+        """Draw a batch and go one step down its loss."""
+        started = time.monotonic()
+        with arithmetic(self.base.device, self.config.precision):
+            loss = self._loss(self._draw())
+        norm = self.optimiser.step(loss, progress=self.progress())
+        self.seconds += time.monotonic() - started
+        value = float(loss.detach())
+        if value != value or value == float("inf"):
+            raise ModelError(f"the loss became {value}: lower --rate, or use --precision fp32.")
+        return TrainStep(self.step_count, value, self.progress(), self.seconds_left(), norm)
+
+    def _draw(self) -> dict[str, Tensor]:
+        """Draw a batch in which pairs come equally often, each in any variant."""
+        clean = self.encoded["clean"]
+        index = torch.randint(
+            len(clean), (self.config.batch,), generator=self.generator, device=clean.device
+        )
+        return {name: value[index] for name, value in self.encoded.items()}
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        clean = batch.pop("clean")
+        denoiser = self.base.denoiser()
+
+        def predict(noisy: Tensor, moment: Tensor) -> Tensor:
+            prediction: Tensor = denoiser(noisy, moment, **batch, **self.prompt)
+            return prediction.float()
+
+        objective = OBJECTIVE_LOSSES[self.config.objective]
+        known = self.base.geometry.known_frames
+        return objective(self.base.schedule, predict, clean, self.generator, known)
+
+    def resume(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        state = torch.load(path, map_location=self.base.device, weights_only=True)
+        with torch.no_grad():
+            for name, parameter in self.optimiser.named.items():
+                parameter.copy_(state["weights"][name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.generator.set_state(state["generator"].cpu())
+        self.seconds = state["seconds"]
+
+    def save(self, path: Path) -> None:
+        state = {
+            "weights": {name: p.detach() for name, p in self.optimiser.named.items()},
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "seconds": self.seconds,
+        }
+        with whole(path) as temporary:
+            torch.save(state, temporary)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        for name, value in self.optimiser.averaged().items():
+            self.optimiser.named[name].copy_(value)
+
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+def onestep_loss(
+    schedule: Schedule, predict: Predict, clean: Tensor, generator: torch.Generator, known: int
+) -> Tensor:
+    """Compare the clean latents that one step from zero noise gives: values, and their differences.
+
+    Shapes: clean [B, C, F, h, w]; the first `known` frames do not count.
+    Source: Garcia et al. 2025 (fixed last time, zero noise); the gradient term weighs 1/2.
+    """
+    moment = clean.new_ones(len(clean))
+    noisy = torch.zeros_like(clean)
+    found, _ = schedule.split(noisy, predict(noisy, moment), moment)
+    error = (found - clean)[:, :, known:]
+    edges = sum(error.diff(dim=dim).square().mean() for dim in (-1, -2))
+    return error.square().mean() + 0.5 * edges
+
+
+def diffusion_loss(
+    schedule: Schedule, predict: Predict, clean: Tensor, generator: torch.Generator, known: int
+) -> Tensor:
+    """Compare the prediction at a random time with the schedule's target (the paper's objective).
+
+    Shapes: clean [B, C, F, h, w]; the first `known` frames do not count.
+    Source: Lipman et al. 2023, eq. 23; times are logit-normal, Esser et al. 2024, sec. 3.1.
+    """
+    device = clean.device
+    normal = torch.randn(len(clean), generator=generator, device=device)
+    moment = torch.sigmoid(normal).clamp(0.001, 1)
+    noise = torch.randn(clean.shape, generator=generator, device=device)
+    prediction = predict(schedule.noise(clean, noise, moment), moment)
+    target = schedule.target(clean, noise, moment)
+    return functional.mse_loss(prediction[:, :, known:], target[:, :, known:])
+
+
+OBJECTIVE_LOSSES = {"onestep": onestep_loss, "diffusion": diffusion_loss}

@@ -1,0 +1,17 @@
+"""Which versions made a file."""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("fewshot-rt", "torch", "diffusers", "peft", "onnx", "onnxruntime", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of Python and of the packages that decide a result, without importing them."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,80 @@
+"""Clips: a batch of scenes with one event each, played over a few frames.
+
+Axes: B clips, T frames, H W pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..transition import WEIGHTS, Transition
+from .events import EVENTS, OFTEN
+from .render import render
+from .scene import Dice, Scene, blend, draw_scene
+
+VOCABULARY = ("", *EVENTS)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A batch of clips. Shapes: video [B, 3, T, H, W] in [-1, 1]; words [B], into VOCABULARY."""
+
+    video: Tensor
+    words: Tensor
+
+
+def make_clips(
+    batch: int,
+    *,
+    size: int,
+    frames: int = 5,
+    generator: torch.Generator,
+    pace: str | None = None,
+    event: str | None = None,
+) -> Clips:
+    """Play a batch of clips on the generator's device; the same generator state, the same clips.
+
+    pace: how the event goes on over time, as in `Transition`; None draws one for the batch: two in
+        three jump straight to the end, which also costs less to paint.
+    event: play only this one; None draws one for each clip.
+    """
+    dice = Dice(batch, generator)
+    scene = draw_scene(dice)
+    words = _draw_events(dice, event)
+    before, after = _happen(scene, dice, words)
+    if pace is None:
+        paces = ("repeat_target", "repeat_target", "discrete", *WEIGHTS)
+        one = Dice(1, generator)
+        pace = paces[int(one.integer(len(paces)))]
+    weights = Transition(kind=pace, frames=frames).weights()
+    shown: dict[float, Tensor] = {}
+    for weight in weights:
+        if weight not in shown:
+            now = blend(before, after, torch.full_like(before["zoom"], weight))
+            shown[weight] = render(now, size=size)
+    return Clips(torch.stack([shown[weight] for weight in weights], dim=2), words)
+
+
+def _draw_events(dice: Dice, event: str | None) -> Tensor:
+    if event is not None:
+        return torch.full((dice.batch,), VOCABULARY.index(event), device=dice.generator.device)
+    share = torch.tensor([0.0, *(float(OFTEN.get(name, 1)) for name in EVENTS)])
+    drawn = torch.multinomial(
+        share.to(dice.generator.device), dice.batch, replacement=True, generator=dice.generator
+    )
+    return drawn
+
+
+def _happen(scene: Scene, dice: Dice, words: Tensor) -> tuple[Scene, Scene]:
+    """Let each clip's event happen: compute those that occur, keep each in its own clips."""
+    before, after = dict(scene), dict(scene)
+    for word in words.unique().tolist():
+        chosen = words == word
+        start, end = EVENTS[VOCABULARY[word]](scene, dice)
+        for whole, changed in ((before, start), (after, end)):
+            for name, values in changed.items():
+                if values is not scene[name]:
+                    mask = chosen.reshape((-1,) + (1,) * (values.ndim - 1))
+                    whole[name] = torch.where(mask, values, whole[name])
+    return before, after

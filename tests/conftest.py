@@ -1,0 +1,80 @@
+"""What many tests share: a tiny base with random weights, in memory and on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY_SIZE = (32, 32)
+TINY_TRANSFORMER = {
+    "num_layers": 1,
+    "num_attention_heads": 1,
+    "ffn_dim": 64,
+    "in_channels": 8,
+    "out_channels": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def make_tiny_base() -> Callable[[], Any]:
+    """A function that makes a PocketBase, always the same: one layer, random weights, 32x32."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from fewshot_rt.autoencoder import AutoencoderConfig, TinyVideoAutoencoder
+    from fewshot_rt.bases.pocket import TRANSFORMER, PocketBase, PromptTable
+
+    def make() -> PocketBase:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return PocketBase(
+                transformer=WanTransformer3DModel.from_config(TRANSFORMER | TINY_TRANSFORMER),
+                autoencoder=TinyVideoAutoencoder(
+                    AutoencoderConfig(latent_channels=8, widths=(8, 8, 8), blocks=(0, 1, 1))
+                ),
+                prompts=PromptTable(("", "mask"), torch.randn(2, TRANSFORMER["text_dim"])),
+                index={"name": "tiny", "revision": "0", "native": list(TINY_SIZE)},
+            )
+
+    return make
+
+
+@pytest.fixture
+def tiny_base(make_tiny_base: Callable[[], Any]) -> Any:
+    """A tiny base of one's own, to do with as one likes."""
+    return make_tiny_base()
+
+
+@pytest.fixture
+def tiny_base_folder(tiny_base: Any, tmp_path: Path) -> Path:
+    """The tiny base as `pretrain` would write it, but in fp32; for `open_base(str(folder))`."""
+    from safetensors.torch import save_file
+
+    from fewshot_rt.bases.pocket import WEIGHT_FILE
+    from fewshot_rt.files import write_json
+
+    folder = tmp_path / "tiny_base"
+    transformer = tiny_base.denoiser().transformer
+    config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
+    write_json(
+        folder / "model_index.json",
+        {
+            "name": tiny_base.name,
+            "revision": tiny_base.revision,
+            "native": list(TINY_SIZE),
+            "licence": "Apache-2.0",
+        },
+    )
+    write_json(
+        folder / "transformer" / "config.json", {"_class_name": "WanTransformer3DModel"} | config
+    )
+    write_json(folder / "vae" / "config.json", tiny_base.autoencoder.config.to_dict())
+    write_json(folder / "prompt" / "words.json", list(tiny_base.prompts.words))
+    (folder / "prompt").mkdir(exist_ok=True)
+    save_file(transformer.state_dict(), folder / "transformer" / WEIGHT_FILE)
+    save_file(tiny_base.autoencoder.state_dict(), folder / "vae" / WEIGHT_FILE)
+    save_file(
+        {"embeddings": tiny_base.prompts.embeddings}, folder / "prompt" / "embeddings.safetensors"
+    )
+    return folder

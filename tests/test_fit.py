@@ -1,0 +1,276 @@
+"""Training runs: they learn, resume as if never stopped, and refuse what does not fit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fewshot_rt.adapter import Adapter
+from fewshot_rt.bases import open_base
+from fewshot_rt.errors import ConfigError, DataError, ModelError
+from fewshot_rt.fit import estimate, fit
+from fewshot_rt.images import read_image, write_image
+from fewshot_rt.runs import latest_run, newest_model, open_run, read_run
+from fewshot_rt.schedule import Schedule
+from fewshot_rt.task import Task
+from fewshot_rt.train import diffusion_loss, onestep_loss
+from fewshot_rt.train_config import TrainConfig
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Bright discs on dark noise and their masks: 3 pairs to train, 1 to test, 32x32."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+    for index in range(4):
+        split = "test" if index == 3 else "train"
+        down, right = rng.integers(8, 24, 2)
+        is_disc = (y - down) ** 2 + (x - right) ** 2 < 40
+        image = np.where(is_disc, 200, 60) + rng.integers(0, 20, (32, 32))
+        pixels = np.repeat(image[..., None], 3, axis=-1).astype(np.uint8)
+        write_image(tmp_path / "pairs" / split / "input" / f"{index}.png", pixels)
+        target = is_disc.astype(np.uint8) * 255
+        write_image(tmp_path / "pairs" / split / "target" / f"{index}.png", target)
+    return tmp_path / "pairs"
+
+
+@pytest.fixture
+def config(tiny_base_folder: Path) -> TrainConfig:
+    return TrainConfig(
+        base=str(tiny_base_folder), steps=6, batch=2, rank=4, alpha=4, variants=2, device="cpu"
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(Adapter.load(folder).weights)
+
+
+def test_run_folder_is_complete(pairs, config, tmp_path):
+    folder = tmp_path / "runs" / "one"
+    steps = list(fit(pairs, folder, config))
+    assert [step.step for step in steps] == list(range(7))
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {
+        "config.json",
+        "task.json",
+        "metrics.jsonl",
+        "card.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/provenance.json",
+        "pytorch_lora_weights.safetensors",
+        "panels/000000.png",
+        "panels/000006.png",
+        "state/train.pt",
+    } <= present
+    assert not [name for name in present if ".part-" in name]
+    assert latest_run(tmp_path / "runs") == folder
+    assert newest_model(folder) == folder
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
+    origin = Adapter.load(folder).provenance
+    assert (origin.base, origin.shots, origin.steps) == ("tiny", 3, 6)
+    assert read_run(folder)["recipe"].codec.name == "mask"
+
+
+@pytest.mark.parametrize("objective", ["onestep", "diffusion"])
+def test_loss_falls(pairs, config, tmp_path, objective):
+    config = replace(config, objective=objective, steps=60, rate=0.01, augment="none", batch=4)
+    losses = [step.loss for step in fit(pairs, tmp_path / "runs" / "one", config)][1:]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_same_seed_same_adapter(pairs, config, tmp_path):
+    for name in ("one", "two"):
+        list(fit(pairs, tmp_path / "runs" / name, config))
+    one, two = (weights(tmp_path / "runs" / name) for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    list(fit(pairs, tmp_path / "runs" / "three", replace(config, seed=7)))
+    three = weights(tmp_path / "runs" / "three")
+    assert not all(torch.equal(one[name], three[name]) for name in one)
+
+
+def test_left_early_and_resumed_equals_never_stopped(pairs, config, tmp_path):
+    whole, parted = tmp_path / "runs" / "whole", tmp_path / "runs" / "parted"
+    list(fit(pairs, whole, config))
+    steps = fit(pairs, parted, config)
+    assert [step.step for step in islice(steps, 4)] == [0, 1, 2, 3]
+    steps.close()  # what Ctrl-C does to the loop
+    assert not (parted / "adapter").exists()
+    assert next(iter(resumed := fit(pairs, parted, config))).step == 3
+    list(resumed)
+    one, two = weights(whole), weights(parted)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_killed_training_resumes(pairs, config, tmp_path):
+    """A real process, killed without warning, loses at most what came after its last state."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if v is not None]
+    words = ["train", str(pairs), "--runs", str(tmp_path / "runs"), "--name", "killed", *flags]
+    words += ["--steps", "100000", "--save-seconds", "0.05"]
+    script = Path(sys.executable).with_name("fewshot-rt")
+    process = subprocess.Popen([script, *words], stderr=subprocess.PIPE)
+    state = tmp_path / "runs" / "killed" / "state" / "train.pt"
+    try:
+        deadline = time.monotonic() + 120
+        while not state.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(0.5)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        _, errors = process.communicate()
+    assert state.exists(), errors.decode()
+    reached = torch.load(state, weights_only=True)["optimiser"]["steps"]
+    settings = replace(config, steps=reached + 2)
+    steps = [step.step for step in fit(pairs, tmp_path / "runs" / "killed", settings)]
+    assert steps == [reached, reached + 1, reached + 2]
+
+
+def test_interrupt_saves_and_tells(pairs, config, tmp_path):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if v is not None]
+    words = ["train", str(pairs), "--runs", str(tmp_path / "runs"), "--name", "stopped", *flags]
+    script = Path(sys.executable).with_name("fewshot-rt")
+    process = subprocess.Popen(
+        [script, *words, "--steps", "100000"], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "runs" / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "runs" / "stopped" / "state" / "train.pt").exists()
+    assert not (tmp_path / "runs" / "latest").exists()
+
+
+def test_resume_with_other_settings_is_refused(pairs, config, tmp_path):
+    folder = tmp_path / "runs" / "one"
+    list(fit(pairs, folder, config))
+    with pytest.raises(ModelError, match="other settings: rank"):
+        list(fit(pairs, folder, replace(config, rank=8)))
+    target = pairs / "train" / "target" / "0.png"
+    write_image(target, 255 - read_image(target)[..., 0])
+    with pytest.raises(ModelError, match="the pairs"):
+        list(fit(pairs, folder, config))
+
+
+def test_minutes_end_the_training(pairs, config, tmp_path):
+    steps = list(fit(pairs, tmp_path / "one", replace(config, steps=100_000, minutes=0.02)))
+    assert 1 < len(steps) < 10_000
+    assert steps[-1].progress == 1
+
+
+def test_one_pair_is_enough(pairs, config, tmp_path):
+    list(fit(pairs, tmp_path / "one", replace(config, shots=1)))
+    assert Adapter.load(tmp_path / "one").provenance.shots == 1
+    with pytest.raises(DataError):
+        list(fit(pairs, tmp_path / "two", replace(config, shots=4)))
+
+
+def test_latents_are_encoded_once(pairs, config, tmp_path, monkeypatch):
+    import fewshot_rt.latents
+
+    list(fit(pairs, tmp_path / "runs" / "one", config))
+    monkeypatch.setattr(
+        fewshot_rt.latents, "_encode_batch", lambda *_: pytest.fail("encoded again")
+    )
+    list(fit(pairs, tmp_path / "runs" / "two", config))
+    kept = next((tmp_path / "runs" / ".cache").glob("*.safetensors"))
+    monkeypatch.undo()
+    good = kept.read_bytes()
+    kept.write_bytes(good[:50])
+    list(fit(pairs, tmp_path / "runs" / "three", config))
+    assert kept.read_bytes() == good
+
+
+def test_adapter_without_effect_is_refused(pairs, config, tmp_path):
+    """A learning rate of zero leaves B at zero: the run must not claim to have learned."""
+    with pytest.raises(ModelError, match="without effect"):
+        list(fit(pairs, tmp_path / "runs" / "one", replace(config, rate=0.0)))
+    assert not (tmp_path / "runs" / "latest").exists()
+
+
+def test_loss_that_is_no_number_stops_the_training(pairs, config, tmp_path):
+    with pytest.raises(ModelError, match="lower --rate"):
+        list(fit(pairs, tmp_path / "one", replace(config, rate=1e30, steps=50, warmup=1)))
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"average": 1.0}, {"rank": -1}])
+def test_impossible_settings_are_refused(change):
+    with pytest.raises(ConfigError):
+        TrainConfig(**change)
+
+
+def test_estimate_is_plausible(pairs, config):
+    task = Task.load(pairs)
+    few, many = (estimate(task, replace(config, steps=steps)) for steps in (10, 10_000))
+    assert 0 < few["seconds"] < many["seconds"]
+    assert 0.05 < few["memory_gb"] < 24
+
+
+def test_run_answers_as_its_base_with_the_adapter_attached(pairs, config, tmp_path):
+    from fewshot_rt.runs import base_predictor
+
+    folder = tmp_path / "one"
+    list(fit(pairs, folder, config))
+    predictor = open_run(folder)
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32)
+    base = open_base(config.base)
+    Adapter.load(folder).attach(base)
+    attached = base_predictor(base, predictor.recipe, "", origin="attached")
+    np.testing.assert_allclose(predictor.answer(image), attached.answer(image), atol=1e-4)
+
+
+class TestObjectives:
+    """The losses, in closed form, with predictors that know the answer."""
+
+    clean = torch.randn(3, 4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    schedule = Schedule(kind="flow")
+
+    def test_onestep_is_zero_for_the_right_answer(self):
+        loss = onestep_loss(
+            self.schedule, lambda x, t: x - self.clean, self.clean, torch.Generator(), 1
+        )
+        assert float(loss) == 0
+
+    def test_onestep_counts_a_constant_error_once(self):
+        """An even error has no gradient: the loss is its square, on the frames that count."""
+        error = torch.zeros_like(self.clean)
+        error[:, :, 1:] = 0.3
+        error[:, :, :1] = 100.0  # known frames do not count
+        loss = onestep_loss(
+            self.schedule, lambda x, t: -(self.clean + error), self.clean, torch.Generator(), 1
+        )
+        assert float(loss) == pytest.approx(0.09, rel=1e-5)
+
+    def test_diffusion_compares_with_the_schedules_target(self):
+        """For clean = 0 the flow target is the noise itself, x_t / t: a known answer."""
+        zero = torch.zeros_like(self.clean)
+        generator = torch.Generator().manual_seed(1)
+
+        def ideal(noisy: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+            return noisy / moment[:, None, None, None, None]
+
+        loss = diffusion_loss(self.schedule, ideal, zero, generator, 1)
+        assert float(loss) < 1e-10
+        blind = diffusion_loss(self.schedule, lambda x, t: 0 * x, zero, generator, 1)
+        assert float(blind) == pytest.approx(1.0, abs=0.25)  # the noise's own variance
+
+
+def test_metrics_lines_are_json(pairs, config, tmp_path):
+    list(fit(pairs, tmp_path / "one", config))
+    lines = [json.loads(x) for x in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in lines)

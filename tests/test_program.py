@@ -1,0 +1,143 @@
+"""References: the eager role that was captured, at every batch that the signature admits."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewshot_rt.export.program import capture
+from fewshot_rt.export.rotary import interleave_halves
+from fewshot_rt.roles import make_roles, make_signatures
+from fewshot_rt.spec import ROLES, Signature, TensorSpec
+
+BATCH = 4
+
+
+@pytest.fixture
+def cut(tiny_base: Any) -> tuple[dict[str, Any], dict[str, Signature]]:
+    prompt = tiny_base.embed("mask")
+    signatures = make_signatures(tiny_base, prompt, frames=5, size=(32, 32), batch=BATCH)
+    return make_roles(tiny_base, condition_names=("first", "prompt")), signatures
+
+
+def arrays(signature: Signature, **sizes: int) -> list[Tensor]:
+    example = signature.example(seed=3, **sizes)
+    return [torch.from_numpy(example[spec.name]) for spec in signature.inputs]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_program_equals_its_role_at_every_batch(
+    cut: tuple[dict[str, Any], dict[str, Signature]], role: str
+) -> None:
+    roles, signatures = cut
+    module = capture(roles[role], signatures[role], role=role).exported.module()
+    for batch in range(1, BATCH + 1):
+        given = arrays(signatures[role], batch=batch)
+        with torch.no_grad():
+            for program_result, result in zip(module(*given), roles[role](*given), strict=True):
+                torch.testing.assert_close(program_result, result, rtol=0, atol=0)
+
+
+def test_a_program_keeps_only_the_weights_that_it_reads(
+    cut: tuple[dict[str, Any], dict[str, Signature]], tiny_base: Any
+) -> None:
+    roles, signatures = cut
+    for role, other in (("encoder", ".decoder."), ("decoder", ".encoder.")):
+        program = capture(roles[role], signatures[role], role=role)
+        # The weights that the role reads are those that get a gradient from its result.
+        tiny_base.autoencoder.zero_grad()
+        tiny_base.autoencoder.requires_grad_(True)
+        roles[role](*arrays(signatures[role]))[0].sum().backward()
+        tiny_base.autoencoder.requires_grad_(False)
+        read = {name for name, p in roles[role].named_parameters() if p.grad is not None}
+        assert set(program.exported.state_dict) == read
+        assert not any(other in name for name in read)
+        assert 0 < program.size_bytes < 4 * sum(p.numel() for p in roles[role].parameters())
+
+
+class Double(nn.Module):
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return (2 * tensors[0],)
+
+
+def doubling(most: int) -> Signature:
+    return Signature(
+        inputs=(TensorSpec("x", "float32", ("batch", 3)),),
+        outputs=(TensorSpec("y", "float32", ("batch", 3)),),
+        sizes={"batch": (1, 1, most)},
+    )
+
+
+def test_an_axis_that_is_usually_one_still_varies() -> None:
+    module = capture(Double(), doubling(5), role="double").exported.module()
+    for batch in (1, 5):
+        x = torch.full((batch, 3), 1.5)
+        assert torch.equal(module(x)[0], 2 * x)
+
+
+def test_an_axis_that_is_always_one_is_fixed() -> None:
+    program = capture(Double(), doubling(1), role="double")
+    assert torch.equal(program.exported.module()(torch.ones(1, 3))[0], torch.full((1, 3), 2.0))
+
+
+def test_no_path_of_this_machine_gets_into_a_program(
+    cut: tuple[dict[str, Any], dict[str, Signature]],
+) -> None:
+    roles, signatures = cut
+    program = capture(roles["decoder"], signatures["decoder"], role="decoder")
+    assert all("stack_trace" not in node.meta for node in program.exported.graph.nodes)
+
+
+def test_nan_goes_through(cut: tuple[dict[str, Any], dict[str, Signature]]) -> None:
+    roles, signatures = cut
+    module = capture(roles["encoder"], signatures["encoder"], role="encoder").exported.module()
+    given = arrays(signatures["encoder"], batch=2)
+    given[0][1] = np.nan
+    result = module(*given)[0]
+    assert torch.isfinite(result[0]).all()
+    assert torch.isnan(result[1]).any()
+
+
+class Halves(nn.Module):
+    """Writes the halves of a tensor in turns, or, if it is `odd`, something else of that look."""
+
+    def __init__(self, odd: str) -> None:
+        super().__init__()
+        self.odd = odd
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x, dtype=torch.float64 if self.odd == "converts" else None)
+        even = x[..., :1] if self.odd == "repeats" else x[..., 0::2] * 3
+        if self.odd == "other axis":
+            out[0::2], out[1::2] = x[1::2], x[0::2]
+        elif self.odd == "three":
+            out[..., 0::3], out[..., 1::3], out[..., 2::3] = (x[..., i::3] for i in (1, 2, 0))
+        else:
+            out[..., 0::2] = even
+            out[..., 1::2] = x[..., 1::2] + 1
+        return out.type_as(x) * 2
+
+
+@pytest.mark.parametrize(
+    ("odd", "count"), [("", 1), ("converts", 0), ("repeats", 0), ("other axis", 0), ("three", 0)]
+)
+def test_halves_are_interleaved_where_that_is_the_same(odd: str, count: int) -> None:
+    module = Halves(odd)
+    x = torch.arange(48, dtype=torch.float32).reshape(2, 4, 6)
+    exported = torch.export.export(module, (x,), strict=False)
+    assert interleave_halves(exported) == count
+    assert torch.equal(exported.module()(x), module(x))
+    torch.testing.assert_close(exported.run_decompositions().module()(x), module(x))
+
+
+def test_rotary_embeddings_of_the_denoiser_are_interleaved(
+    cut: tuple[dict[str, Any], dict[str, Signature]],
+) -> None:
+    roles, signatures = cut
+    program = capture(roles["denoiser"], signatures["denoiser"], role="denoiser")
+    names = [str(node.target) for node in program.exported.graph.nodes]
+    # One layer rotates queries and keys.
+    assert names.count("aten.flatten.using_ints") == 2
+    assert "aten.copy_.default" not in names
