@@ -36,11 +36,12 @@ def main() -> None:
 
 
 def _type(*words: str) -> dict[str, Any]:
-    """Run a command as a user would, show it, and give its JSON; leave with its status if it fails."""
+    """Run a command as a user would and give its JSON; leave with its status if it fails."""
     click.secho(f"\n$ fewshot-rt {shlex.join(words)}", bold=True)
     # The console script stands beside the interpreter of the environment that runs this.
     script = Path(sys.executable).with_name("fewshot-rt")
-    done = subprocess.run([script, *words, "--json"], stdout=subprocess.PIPE, text=True, check=False)
+    call = [script, *words, "--json"]
+    done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)
     result: dict[str, Any] = json.loads(done.stdout)

@@ -59,6 +59,7 @@ def _estimate(task: Any, settings: TrainConfig) -> dict[str, float]:
 
     figures = estimate(task, settings)
     say(
-        f"training will take about {figures['seconds']:.0f} s and {figures['memory_gb']:.1f} GB here"
+        f"training will take about {figures['seconds']:.0f} s "
+        f"and {figures['memory_gb']:.1f} GB here"
     )
     return figures

@@ -29,8 +29,9 @@ def command(
 ) -> None:
     """Measure a model on pairs that it has not seen.
 
-    PAIRS is a folder of pairs; its test split is taken if it has one. The same metrics are given for
-    the input itself, the mean target, the target of the nearest pair and, for masks, Otsu's threshold.
+    PAIRS is a folder of pairs; its test split is taken if it has one. The same metrics are given
+    for the input itself, the mean target, the target of the nearest pair and, for masks, Otsu's
+    threshold.
     """
     from fewshot_rt.evaluate import evaluate
     from fewshot_rt.task import Task

@@ -25,9 +25,9 @@ def command(
 ) -> None:
     """Freeze a run for fast answers.
 
-    RUN is a run's folder or name (default: the latest). The adapter is merged, each part of the model
-    is captured and built for the engine, and compared with PyTorch: nothing is written that answers
-    otherwise. `fewshot-rt predict` then takes the bundle by itself.
+    RUN is a run's folder or name (default: the latest). The adapter is merged, each part of the
+    model is captured and built for the engine, and compared with PyTorch: nothing is written that
+    answers otherwise. `fewshot-rt predict` then takes the bundle by itself.
     """
     place = find_run(run, runs)
     folder = out or place / "bundles" / f"{engine}-{precision}"

@@ -1,6 +1,5 @@
 """Find and open a model by what a person gave: a bundle, a run, the name of a run, or nothing."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from fewshot_rt.errors import ModelError
@@ -47,6 +46,4 @@ def open_model(
         predictor = open_bundle(place, device=device)
     else:
         predictor = open_run(place, device=device)
-    if steps is not None:
-        predictor.recipe = replace(predictor.recipe, steps=steps)
-    return predictor, place
+    return predictor if steps is None else predictor.with_recipe(steps=steps), place

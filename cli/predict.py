@@ -37,9 +37,9 @@ def command(
 ) -> int:
     """Answer every image in a folder and its sub-folders.
 
-    DIR may also be one image. Answers are PNG files of the images' own sizes under the same relative
-    names. Images that cannot be read are reported and skipped; answers that are there are kept, so an
-    interrupted run goes on where it stopped.
+    DIR may also be one image. Answers are PNG files of the images' own sizes under the same
+    relative names. Images that cannot be read are reported and skipped; answers that are there are
+    kept, so an interrupted run goes on where it stopped.
     """
     jobs = plan(source, out)
     started = time.monotonic()

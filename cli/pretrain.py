@@ -21,8 +21,8 @@ def command(
 ) -> None:
     """Pretrain a base on the procedural world, in FOLDER.
 
-    Give the command again with the same FOLDER to go on, with more --minutes to go on for longer. At
-    every checkpoint FOLDER is a base: fewshot-rt train PAIRS --base FOLDER.
+    Give the command again with the same FOLDER to go on, with more --minutes to go on for longer.
+    At every checkpoint FOLDER is a base: fewshot-rt train PAIRS --base FOLDER.
     """
     settings = make_settings(PretrainConfig, config, flags)
     if preview:

@@ -1,6 +1,5 @@
 """`fewshot-rt train`: from a folder of pairs to a run."""
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import click
 
 from fewshot_rt.config import make
 from fewshot_rt.errors import ConfigError, ModelError
-from fewshot_rt.runs import CONFIG_FILE, read_run
+from fewshot_rt.runs import CONFIG_FILE, newest_run, read_run
 from fewshot_rt.train_config import TrainConfig
 
 from .options import FOLDER, json_option, make_settings, runs_option, settings_options, write_result
@@ -19,7 +18,7 @@ from .progress import meter, say
 @click.command("train")
 @click.argument("pairs", type=FOLDER)
 @click.option("--name", help="Name of the run.  [default: folder and time]")
-@click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run: NAME, or the newest.")
 @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
 @runs_option
 @settings_options(TrainConfig)
@@ -36,17 +35,21 @@ def command(
 ) -> None:
     """Learn a task from the pairs in a folder.
 
-    PAIRS holds input/ and target/ with images of the same names (or pairs.csv, pairs.jsonl). The run
-    is written to runs/NAME, and runs/latest points to it: adapter, settings, metrics, and panels that
-    show how the answers come about. An interrupted run goes on with --resume.
+    PAIRS holds input/ and target/ with images of the same names (or pairs.csv, pairs.jsonl). The
+    run is written to runs/NAME, and runs/latest points to it: adapter, settings, metrics, and
+    panels that show how the answers come about. An interrupted run goes on with --resume.
     """
-    folder = _place(runs, name or _fresh_name(pairs), resume=resume, overwrite=overwrite)
-    settings = _settings(folder, config, flags, resume=resume)
+    given = make_settings(TrainConfig, config, flags)
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    name = name or (newest_run(runs).name if resume else _fresh_name(pairs))
+    folder = _place(runs, name, resume=resume, overwrite=overwrite)
+    settings = _resumed(folder, flags) if resume else given
     started = time.monotonic()
     from fewshot_rt.fit import fit
 
     with meter("train") as shown:
-        for step in fit(pairs, folder, settings):
+        for step in fit(pairs, folder, settings, overwrite=overwrite):
             note = f"step {step.step}  loss {step.loss:.4f}  {_left(step.seconds_left)}"
             shown.show(step.progress, note if step.gradient_norm else "encoding is done")
     seconds = time.monotonic() - started
@@ -70,24 +73,18 @@ def _place(runs: Path, name: str, *, resume: bool, overwrite: bool) -> Path:
     folder = runs / name
     if folder.resolve().parent != runs.resolve() or name == "latest":
         raise ConfigError(f"a run's name must be one plain name, not {name!r}")
-    if folder.exists() and overwrite:
-        shutil.rmtree(folder)
-    elif (folder / CONFIG_FILE).exists() and not resume:
+    if (folder / CONFIG_FILE).exists() and not resume and not overwrite:
         raise ModelError(
-            f"the run {folder} is there already. Go on with it (--resume), replace it (--overwrite), "
-            "or take another --name."
+            f"the run {folder} is there already. Go on with it (--resume), replace it "
+            "(--overwrite), or take another --name."
         )
     return folder
 
 
-def _settings(
-    folder: Path, config: Path | None, flags: dict[str, Any], *, resume: bool
-) -> TrainConfig:
-    """Take the settings of a run that goes on, changed by the flags; else file and flags."""
-    if resume and (folder / CONFIG_FILE).exists():
-        given = {name: flag for name, flag in flags.items() if flag is not None}
-        return make(TrainConfig, read_run(folder)["train"] | given)
-    return make_settings(TrainConfig, config, flags)
+def _resumed(folder: Path, flags: dict[str, Any]) -> TrainConfig:
+    """Take the settings of a run that goes on, changed by the flags that are given."""
+    given = {name: flag for name, flag in flags.items() if flag is not None}
+    return make(TrainConfig, read_run(folder)["train"] | given)
 
 
 def _left(seconds: float) -> str:

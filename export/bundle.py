@@ -4,7 +4,6 @@ It holds one engine's file of each role, the embedded prompt, and a manifest tha
 are, where they came from, how close they are to eager, and what every file must hash to.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -20,8 +19,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fewshot_rt.errors import ConfigError, DataError, ModelError
-from fewshot_rt.files import write_json
+from fewshot_rt.errors import ConfigError, ModelError
+from fewshot_rt.files import reported, write_json
 from fewshot_rt.predictor import Predictor, Recipe
 from fewshot_rt.spec import ROLES, Signature
 from fewshot_rt.versions import versions
@@ -67,18 +66,13 @@ def staged_bundle(folder: Path) -> Iterator[Path]:
             f"{folder} is there and is not a bundle; it is not replaced. Choose another folder."
         )
     staging = folder.with_name(f".part-{folder.name}-{os.getpid()}")
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        _replace(staging, folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"{folder} was not written: the disk is full. Free some space."
-            ) from error
-        raise DataError(f"{folder} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with reported(folder):
+        try:
+            staging.mkdir(parents=True)
+            yield staging
+            _replace(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_bundle(staging: Path, contents: Contents) -> None:

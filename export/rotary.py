@@ -5,6 +5,8 @@ a graph of values each write is a scatter between two transposes of the whole te
 the time of pocket's denoiser in ONNX Runtime. stack((a, b), -1).flatten(-2) gives the same values.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
@@ -12,55 +14,64 @@ from torch.fx import Graph, Node
 ATEN = torch.ops.aten
 
 
+class _Write(NamedTuple):
+    """`source` copied into `place`, which is every other value of an empty tensor."""
+
+    place: Node
+    copy: Node
+    source: Node
+
+
 def interleave_halves(exported: ExportedProgram) -> int:
     """Replace such pairs of writes in a graph; give how many there were. No value changes."""
     graph = exported.graph
     empties = [node for node in graph.nodes if node.target is ATEN.empty_like.default]
-    found = [(empty, writes) for empty in empties if (writes := _half_writes(empty)) is not None]
+    found = [(empty, writes) for empty in empties if (writes := _half_writes(empty))]
     for empty, writes in found:
         _replace(graph, empty, writes)
     exported.graph_module.recompile()
     return len(found)
 
 
-def _half_writes(empty: Node) -> tuple[Node, Node] | None:
-    """Give the two writes that fill an empty tensor, even places first; None if it is otherwise."""
-    rank = empty.meta["val"].dim()
+def _half_writes(empty: Node) -> tuple[_Write, ...]:
+    """Give the two writes that fill an empty tensor, even places first; none if it is otherwise."""
     writes = {}
-    for half in empty.users:
-        if half.target is not ATEN.slice.Tensor or len(half.args) != 5:
-            continue
-        _, axis, start, _, step = half.args
-        users = list(half.users)
-        if axis not in (rank - 1, -1) or step != 2 or len(users) != 1:
-            continue
-        write = users[0]
-        is_write = write.target is ATEN.copy_.default and write.args[0] is half
-        if is_write and not write.users and _fits(write, half):
-            writes[start] = write
-    return (writes[0], writes[1]) if set(writes) == {0, 1} else None
+    for place in empty.users:
+        write = _write(place) if place.target is ATEN.slice.Tensor else None
+        if write is not None:
+            writes[place.args[2]] = write
+    if set(writes) != {0, 1}:
+        return ()
+    places = [write.place for write in writes.values()]
+    last = max(write.copy for write in writes.values())
+    is_read_early = any(user not in places and user < last for user in empty.users)
+    return () if is_read_early else (writes[0], writes[1])
 
 
-def _fits(write: Node, half: Node) -> bool:
-    """Say whether a write neither converts nor repeats what it writes."""
-    source = write.args[1]
-    if not isinstance(source, Node):
-        return False
-    given, place = source.meta["val"], half.meta["val"]
-    return bool(given.dtype == place.dtype and given.shape == place.shape)
+def _write(place: Node) -> _Write | None:
+    """Read a slice as a write into every other value of the last axis, if that is all it is."""
+    value, users = place.meta["val"], list(place.users)
+    is_half = len(place.args) == 5 and place.args[1] in (value.dim() - 1, -1) and place.args[4] == 2
+    if not is_half or len(users) != 1 or users[0].target is not ATEN.copy_.default:
+        return None
+    copy, source = users[0], users[0].args[1]
+    if copy.users or copy.args[0] is not place or not isinstance(source, Node):
+        return None
+    # A write may also convert or repeat its source; stacking would not.
+    given = source.meta["val"]
+    fits = given.dtype == value.dtype and given.shape == value.shape
+    return _Write(place, copy, source) if fits else None
 
 
-def _replace(graph: Graph, empty: Node, writes: tuple[Node, Node]) -> None:
-    sources = [write.args[1] for write in writes]
-    places = [write.args[0] for write in writes]
-    order = list(graph.nodes)
-    with graph.inserting_after(max(writes, key=order.index)):
+def _replace(graph: Graph, empty: Node, writes: tuple[_Write, ...]) -> None:
+    sources = [write.source for write in writes]
+    with graph.inserting_after(max(write.copy for write in writes)):
         stacked = graph.call_function(ATEN.stack.default, (sources, -1))
     with graph.inserting_after(stacked):
         whole = graph.call_function(ATEN.flatten.using_ints, (stacked, -2))
-    values = [source.meta["val"] for source in sources]
-    stacked.meta["val"] = torch.stack(values, -1)
+    stacked.meta["val"] = torch.stack([source.meta["val"] for source in sources], -1)
     whole.meta["val"] = stacked.meta["val"].flatten(-2)
+    places = [write.place for write in writes]
     empty.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in places)
-    for node in (*writes, *places, empty):
+    for node in (*(write.copy for write in writes), *places, empty):
         graph.erase_node(node)

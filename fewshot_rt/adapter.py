@@ -1,7 +1,7 @@
 """LoRA weights of one task, and where they came from.
 
-Saved twice: as PEFT saves an adapter (`adapter/`), and as diffusers saves LoRA weights for a pipeline
-(`pytorch_lora_weights.safetensors`).
+Saved twice: as PEFT saves an adapter (`adapter/`), and as diffusers saves LoRA weights for a
+pipeline (`pytorch_lora_weights.safetensors`).
 """
 
 import json
@@ -114,7 +114,8 @@ class Adapter:
             provenance = Provenance(**json.loads((place / PROVENANCE_FILE).read_text()))
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise ModelError(
-                f"the adapter in {place} is damaged ({error}). Train it again, or restore the files."
+                f"the adapter in {place} is damaged ({error}). Train it again, or restore the "
+                "files."
             ) from error
         plain = {name.removeprefix(PEFT_PREFIX): value for name, value in weights.items()}
         return cls(config, plain, provenance)
@@ -123,8 +124,9 @@ class Adapter:
         made_for = (self.provenance.base, self.provenance.revision)
         if made_for != (base.name, base.revision):
             raise ModelError(
-                f"this adapter was made for base {made_for[0]!r} revision {made_for[1]}, but the base "
-                f"at hand is {base.name!r} revision {base.revision}. Use that base, or train again."
+                f"this adapter was made for base {made_for[0]!r} revision {made_for[1]}, but the "
+                f"base at hand is {base.name!r} revision {base.revision}. Use that base, or train "
+                "again."
             )
 
     def _load_into(self, transformer: nn.Module) -> None:
@@ -133,8 +135,8 @@ class Adapter:
             missing = len(expected - set(self.weights))
             extra = len(set(self.weights) - expected)
             raise ModelError(
-                f"the adapter does not load whole: {missing} of {len(expected)} tensors are missing "
-                f"and {extra} are not known to the base."
+                f"the adapter does not load whole: {missing} of {len(expected)} tensors are "
+                f"missing and {extra} are not known to the base."
             )
         try:
             set_peft_model_state_dict(transformer, dict(self.weights))

@@ -32,8 +32,8 @@ class Augmentation:
     def parse(cls, text: str, *, codec: str) -> "Augmentation":
         """Read "auto", "none", or names with commas.
 
-        "auto": all for masks and labels, none for pictures, whose task may be about places (a flip, a
-        zoom) or about light from above.
+        "auto": all for masks and labels, none for pictures, whose task may be about places (a flip,
+        a zoom) or about light from above.
         Raises: ConfigError for an unknown name.
         """
         if text == "none":

@@ -55,7 +55,10 @@ class AutoencoderConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AutoencoderConfig":
         """Make a configuration from its JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**fields)
 
 
 class Memory(nn.Module):
@@ -121,6 +124,9 @@ class TinyVideoAutoencoder(nn.Module):
     its first image alone.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
@@ -172,7 +178,8 @@ class TinyVideoAutoencoder(nn.Module):
     def _cells(self, video: Tensor) -> Tensor:
         """Gather the pixels behind each latent cell. Shapes: [B, T, 3, H, W] -> [B, F, P, h, w]."""
         cells = functional.pixel_unshuffle(video, self.config.space_factor)
-        return cells.unflatten(1, (-1, self.config.time_factor)).flatten(2, 3)
+        batch, _, channels, height, width = cells.shape
+        return cells.reshape(batch, -1, self.config.time_factor * channels, height, width)
 
     def _linear(self, latents: Tensor, *, keep: int) -> Tensor:
         """Decode the last `keep` frames with the shortcut alone."""
@@ -194,14 +201,13 @@ class TinyVideoAutoencoder(nn.Module):
         powers, axes = torch.linalg.eigh((cells - mean).T @ (cells - mean) / len(cells))
         axes = axes[:, -self.config.latent_channels :].flip(1)
         scale = powers[-1].sqrt()
-        into = (axes.T / scale).repeat(1, repeats) / repeats
-        self.shortcut_in.weight.copy_(into[..., None, None])
-        self.shortcut_in.bias.copy_(-(axes.T @ mean) / scale)
-        self.shortcut_out.weight.copy_((axes * scale).repeat(repeats, 1)[..., None, None])
-        self.shortcut_out.bias.copy_(mean.repeat(repeats))
+        into = (axes.T / scale).repeat(1, repeats)[..., None, None] / repeats
+        out = (axes * scale).repeat(repeats, 1)[..., None, None]
+        self.shortcut_in.load_state_dict({"weight": into, "bias": -(axes.T @ mean) / scale})
+        self.shortcut_out.load_state_dict({"weight": out, "bias": mean.repeat(repeats)})
         for last in (self.encoder[-1], self.decoder[-1]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
 
 def _conv(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:

@@ -33,6 +33,10 @@ class Base(Protocol):
         """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
         ...
 
+    def decode(self, latents: "Tensor") -> "Tensor":
+        """Decode all frames. Shapes: [B, C, F, h, w] -> [B, 3, T, H, W]."""
+        ...
+
     def decode_last(self, latents: "Tensor") -> "Tensor":
         """Decode only the last frame. Shapes: [B, C, F, h, w] -> [B, 3, H, W]."""
         ...

@@ -1,4 +1,4 @@
-"""What an answer must beat: the input itself, the mean target, the nearest pair, and Otsu's threshold.
+"""What an answer must beat: the input itself, the mean target, the nearest pair, Otsu's threshold.
 
 NumPy only. Axes: H W pixels; all images uint8 [H, W, 3] unless said otherwise.
 """
@@ -38,7 +38,11 @@ def make_baselines(
         distance = np.square(thumbnails - to_model(image, THUMBNAIL).ravel()).sum(axis=1)
         return codec.decode(targets[int(distance.argmin())], image.shape[:2])
 
-    baselines = {"copy": copy, "mean target": mean_target, "nearest pair": nearest_pair}
+    baselines: dict[str, Baseline] = {
+        "copy": copy,
+        "mean target": mean_target,
+        "nearest pair": nearest_pair,
+    }
     if codec.name == "mask":
         baselines["otsu"] = lambda image: codec.decode(_otsu(image), image.shape[:2])
     return baselines

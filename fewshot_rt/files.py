@@ -25,15 +25,29 @@ def whole(path: Path) -> Iterator[Path]:
     Raises: DataError if the disk is full or the place cannot be written to.
     """
     temporary: Path | None = None
+    with reported(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix)
+            os.close(handle)
+            temporary = Path(name)
+            yield temporary
+            # mkstemp and safetensors make private files; answers and weights are for all to read.
+            temporary.chmod(0o666 & ~_UMASK)
+            os.replace(temporary, path)
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """Turn the errors of a block that writes `path` into ones that a user can mend.
+
+    Raises: DataError if the disk is full or the place cannot be written to.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        # mkstemp and safetensors make private files; answers and weights are for all to read.
-        temporary.chmod(0o666 & ~_UMASK)
-        os.replace(temporary, path)
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if _is_disk_full(error, path.parent):
             raise DataError(
@@ -42,9 +56,6 @@ def whole(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
         raise
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """From a folder of pairs to a run folder: what `fewshot-rt train` does, as a generator."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -34,10 +35,13 @@ TRIAL_STEPS = 4
 RELOAD_TOLERANCE = 1e-4
 
 
-def fit(pairs: Path, folder: Path, config: TrainConfig) -> Iterator[TrainStep]:
+def fit(
+    pairs: Path, folder: Path, config: TrainConfig, *, overwrite: bool = False
+) -> Iterator[TrainStep]:
     """Train an adapter in a run folder and leave the run ready to predict and to export.
 
-    A folder that holds a saved state goes on from it; its settings must be the same. The adapter is
+    A folder that holds a saved state goes on from it, and its settings must be the same; to
+    overwrite, the folder is emptied once pairs, settings and base have proved good. The adapter is
     reloaded into a fresh base at the end: it must load whole and change the output.
     Raises: DataError, ConfigError, ModelError.
     """
@@ -45,9 +49,12 @@ def fit(pairs: Path, folder: Path, config: TrainConfig) -> Iterator[TrainStep]:
     shots = config.shots or len(task.split("train").pairs)
     chosen = task.shots(shots, config.seed)
     config = replace(config, shots=shots, device=pick_device(config.device))
+    Augmentation.parse(config.augment, codec=task.codec.name)  # before anything is written
+    base = open_base(config.base, device=config.device)
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
     if (folder / STATE_FILE).is_file():
         require_same(folder, chosen, config)
-    base = open_base(config.base, device=config.device)
     recipe = make_recipe(base, task, config)
     write_run(folder, config=config, task=chosen, recipe=recipe)
     shown = _Shown(folder, task, base_predictor(base, recipe, task.prompt, origin=str(folder)))
@@ -116,8 +123,8 @@ def require_same(folder: Path, task: Task, config: TrainConfig) -> None:
         differing.append("the pairs")
     if differing:
         raise ModelError(
-            f"{folder} was begun with other settings: {', '.join(differing)}. Use those, or another "
-            "--name, or --overwrite."
+            f"{folder} was begun with other settings: {', '.join(differing)}. Use those, or "
+            "another --name, or --overwrite."
         )
 
 
@@ -176,8 +183,8 @@ tags: [few-shot, image-to-image, fewshot-rt]
 # {task.name}
 
 A LoRA adapter for `{origin.base}` (revision {origin.revision}), trained by `fewshot-rt train` on
-{origin.shots} pairs: {origin.steps} steps of the `{origin.objective}` objective, rank {config.rank},
-seed {origin.seed}. Last loss {last.loss:.4f}.
+{origin.shots} pairs: {origin.steps} steps of the `{origin.objective}` objective, rank
+{config.rank}, seed {origin.seed}. Last loss {last.loss:.4f}.
 
 - Answers are of kind `{task.codec.name}`; judged by {", ".join(task.metrics)}.
 - Use: `fewshot-rt predict IMAGES --model {folder.name}`; or, with diffusers,

@@ -48,8 +48,8 @@ class _Loaded:
 def plan(source: Path, out: Path) -> list[Job]:
     """List the images of a folder (or one image) and where their answers go.
 
-    An answer has the relative name of its image with the suffix .png; where two images differ only in
-    their suffix, the whole name is kept (a.jpg.png). Images inside `out` are left alone.
+    An answer has the relative name of its image with the suffix .png; where two images differ only
+    in their suffix, the whole name is kept (a.jpg.png). Images inside `out` are left alone.
     Raises: DataError if there is no image, or an answer would come to lie outside `out`.
     """
     if source.is_file():
@@ -77,8 +77,8 @@ def predict(
 ) -> Iterator[Answered]:
     """Answer images and write the answers, yielding each as it is settled.
 
-    An answer that is there is kept unless `overwrite`. An image that cannot be read or an answer that
-    cannot be written is yielded as failed, and the rest goes on.
+    An answer that is there is kept unless `overwrite`. An image that cannot be read or an answer
+    that cannot be written is yielded as failed, and the rest goes on.
     """
     waiting: deque[tuple[list[Job], list[Future[_Loaded]]]] = deque()
     writing: deque[tuple[Job, Future[None]]] = deque()

@@ -4,7 +4,7 @@ Axes: B batch, C channels, F latent frames, h w latent grid, H W pixels.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,8 @@ class Recipe:
 class Predictor:
     """Answers images with the three roles of a model, whatever runs them.
 
-    runners: one for each of `ROLES`, from named arrays to named arrays. prompt: the embedded prompt,
-    by name. origin: what to call this model in messages and records.
+    runners: one for each of `ROLES`, from named arrays to named arrays. prompt: the embedded
+    prompt, by name. origin: what to call this model in messages and records.
     """
 
     def __init__(
@@ -99,6 +99,14 @@ class Predictor:
         schedule, steps = self.recipe.schedule, self.recipe.steps
         *_, last = sample(denoise, self._noise, schedule=schedule, steps=steps)
         return self.runners["decoder"]({"latents": last.latents})["image"][:count]
+
+    def with_recipe(self, **changes: Any) -> "Predictor":
+        """Give the same model with another number of steps, batch and so on.
+
+        Raises: ConfigError if a value is impossible.
+        """
+        recipe = replace(self.recipe, **changes)
+        return Predictor(self.runners, prompt=self.prompt, recipe=recipe, origin=self.origin)
 
     def _draw_noise(self) -> Floats:
         shape = self.recipe.latent_shape

@@ -35,7 +35,7 @@ STAGES = ("autoencoder", "denoiser")
 
 @dataclass(frozen=True)
 class PretrainStep:
-    """What one step of pretraining tells. Units: clips a second; progress of the stage in [0, 1]."""
+    """What one step of pretraining tells. Units: progress of the stage in [0, 1]."""
 
     stage: str
     step: int
@@ -140,7 +140,7 @@ class _Run:
         return value, batch
 
     def _reconstruction(self, video: Tensor) -> Tensor:
-        """Absolute error of pixels and of their differences, after a little noise on the latents."""
+        """Absolute error of pixels and of their differences, with a little noise on latents."""
         latents = self.autoencoder.encode(video)
         noise = torch.randn(latents.shape, generator=self.generator, device=latents.device)
         restored = self.autoencoder.decode(latents + 0.02 * noise).float()
@@ -345,13 +345,14 @@ tags: [image-to-video, few-shot, fewshot-rt]
 # {index["name"]} (revision {index["revision"]})
 
 A small image-to-video diffusion model for few-shot adapters, made by `fewshot-rt pretrain`: the
-transformer of the Wan TI2V family (clean first frame at time 0, flow matching) over the latents of a
-tiny frame-wise video autoencoder. Native size {index["native"][0]}x{index["native"][1]}, 5 or 9 frames.
+transformer of the Wan TI2V family (clean first frame at time 0, flow matching) over the latents of
+a tiny frame-wise video autoencoder. Native size {index["native"][0]}x{index["native"][1]}, 5 or 9
+frames.
 
 - **Data**: only the procedural world of `fewshot_rt.world` ({len(VOCABULARY) - 1} events); no
   photographs, no downloaded data.
-- **Training**: autoencoder {steps["autoencoder"]} steps in {minutes["autoencoder"]} minutes, denoiser
-  {steps["denoiser"]} steps in {minutes["denoiser"]} minutes on {settings["device"]}; batch
+- **Training**: autoencoder {steps["autoencoder"]} steps in {minutes["autoencoder"]} minutes,
+  denoiser {steps["denoiser"]} steps in {minutes["denoiser"]} minutes on {settings["device"]}; batch
   {settings["batch"]} at half size, then {settings["batch"] // 4} at native size.
 - **Prompts**: the words in `prompt/words.json`; all others say nothing.
 - **Use**: adapters from a few pairs. By itself it is a toy.

@@ -145,6 +145,17 @@ def latest_run(runs: Path) -> Path:
     return (runs / name).resolve()
 
 
+def newest_run(runs: Path) -> Path:
+    """Find the run that was begun or went on last, finished or not.
+
+    Raises: ModelError if there is none.
+    """
+    begun = [path for path in runs.glob(f"*/{CONFIG_FILE}") if path.parent.name != LATEST]
+    if not begun:
+        raise ModelError(f"there is no run in {runs}. {HINT}")
+    return max(begun, key=_age).parent
+
+
 def newest_model(run: Path) -> Path:
     """Give the bundle of a run that was written last, or the run itself if it has none newer."""
     manifests = [

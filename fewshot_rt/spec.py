@@ -17,7 +17,7 @@ class Geometry:
     """How a base lays out pixels and latents.
 
     channels: C of the latents. time_factor, space_factor: pixels per latent; a video of 1 + k x
-    time_factor frames has 1 + k latent frames. multiple: pixels that height and width must divide by.
+    time_factor frames has 1 + k latent frames. multiple: height and width must be multiples of it.
     native: (height, width) it was pretrained at. frames: the T it is made for, shortest first.
     known_frames: latent frames at the start that the condition already fixes; no loss there.
     """
@@ -49,7 +49,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named tensor: its NumPy type name and its axes, a number each or a name if it may vary."""
+    """One named tensor: its NumPy type name and its axes, each a number or a name if it varies."""
 
     name: str
     dtype: str

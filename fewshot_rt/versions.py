@@ -7,7 +7,7 @@ PACKAGES = ("fewshot-rt", "torch", "diffusers", "peft", "onnx", "onnxruntime", "
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of Python and of the packages that decide a result, without importing them."""
+    """Give the versions of Python and of the packages that decide a result."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in PACKAGES:
         try:

@@ -7,7 +7,7 @@ if __name__ == "kernels":
 
     if "kernels" in packages_distributions().get("kernels", []):
         raise ImportError(
-            "the folder kernels/ of the fewshot-rt sources hides the installed package 'kernels' that "
-            "diffusers uses. Start Python elsewhere, or with -P."
+            "the folder kernels/ of the fewshot-rt sources hides the installed package 'kernels' "
+            "that diffusers uses. Start Python elsewhere, or with -P."
         )
     __version__ = "0"

@@ -140,7 +140,7 @@ def _metadata(folder) -> dict[str, Any]:
 
 
 def test_missing_adapter_says_what_to_do(tmp_path):
-    with pytest.raises(ModelError, match="holds no adapter.*fewshot-rt train"):
+    with pytest.raises(ModelError, match=r"holds no adapter.*fewshot-rt train"):
         Adapter.load(tmp_path)
 
 

@@ -92,5 +92,5 @@ def test_texts(text: str, codec: str, kinds: tuple[str, ...]) -> None:
 
 
 def test_an_unknown_kind_gets_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="unknown augmentation 'flip'. Did you mean 'flips'"):
+    with pytest.raises(ConfigError, match=r"unknown augmentation 'flip'\. Did you mean 'flips'"):
         Augmentation.parse("crops,flip", codec="mask")

@@ -37,6 +37,8 @@ RECIPE = Recipe(
     batch=3,
 )
 
+SINGLE = replace(RECIPE, batch=1, steps=1, noise="zero")
+
 
 def export(base: Any, folder: Path, *, engine: str, recipe: Recipe = RECIPE) -> list[BuildStep]:
     steps = export_bundle(
@@ -73,7 +75,7 @@ def sound_bundle(
 ) -> Path:
     """An eager bundle: quick to make, and the same folder but for the files of the roles."""
     folder = tmp_path_factory.mktemp("sound") / "eager-fp32"
-    export(make_tiny_base(), folder, engine="eager")
+    export(make_tiny_base(), folder, engine="eager", recipe=SINGLE)
     return folder
 
 
@@ -138,12 +140,11 @@ sys.exit(f"imported: {{heavy}}" if heavy else 0)
     np.testing.assert_array_equal(np.load(folder.parent / "answer.npy"), expected)
 
 
-def test_an_eager_bundle_of_batches_of_one_is_exact(tiny_base: Any, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, batch=1, steps=1, noise="zero")
-    steps = export(tiny_base, tmp_path / "bundle", engine="eager", recipe=recipe)
-    assert [p.rel_l2 for s in steps for p in (s.parity or {}).values()] == [0.0] * 4
-    expected = eager_predictor(tiny_base, recipe).answer(pictures(1))
-    np.testing.assert_array_equal(open_bundle(tmp_path / "bundle").answer(pictures(1)), expected)
+def test_an_eager_bundle_of_batches_of_one_is_exact(tiny_base: Any, sound_bundle: Path) -> None:
+    parity = read_manifest(sound_bundle)["parity"]
+    assert [p["rel_l2"] for role in parity.values() for p in role.values()] == [0.0] * 4
+    expected = eager_predictor(tiny_base, SINGLE).answer(pictures(1))
+    np.testing.assert_array_equal(open_bundle(sound_bundle).answer(pictures(1)), expected)
 
 
 @pytest.mark.parametrize("name", ["encoder.pt2", "prompt.safetensors"])
@@ -197,11 +198,11 @@ def test_a_manifest_cannot_name_files_outside(eager_bundle: Path) -> None:
 
 @pytest.fixture
 def wrong_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An engine whose decoder is a little off, by more than fp32 allows."""
+    """An engine whose encoder is a little off, by more than fp32 allows."""
     build = eager_engine.build
 
     def wrong(program: Any, path: Path, *, precision: str) -> None:
-        if program.role == "decoder":
+        if program.role == "encoder":
             weights = program.exported.state_dict
             for name, value in weights.items():
                 weights[name] = torch.nn.Parameter(value * (1 + 1e-3))
@@ -217,7 +218,7 @@ def test_nothing_that_fails_parity_is_written(
 ) -> None:
     folder = tmp_path / "bundle"
     with pytest.raises(
-        EngineError, match=r"decoder: 'image' differs from eager by .* allows 1e-05"
+        EngineError, match=r"encoder: 'first' differs from eager by .* allows 1e-05"
     ):
         export(tiny_base, folder, engine="eager")
     assert list(tmp_path.iterdir()) == []

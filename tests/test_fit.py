@@ -105,7 +105,8 @@ def test_left_early_and_resumed_equals_never_stopped(pairs, config, tmp_path):
     assert [step.step for step in islice(steps, 4)] == [0, 1, 2, 3]
     steps.close()  # what Ctrl-C does to the loop
     assert not (parted / "adapter").exists()
-    assert next(iter(resumed := fit(pairs, parted, config))).step == 3
+    resumed = fit(pairs, parted, config)
+    assert next(resumed).step == 3
     list(resumed)
     one, two = weights(whole), weights(parted)
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -56,7 +56,7 @@ def test_steps_are_those_of_adamw_with_a_clip_and_a_pace() -> None:
     for step in range(8):
         norm = optimiser.step(loss_of(ours, step), progress=step / 8)
         reference.zero_grad()
-        loss_of(theirs, step).backward()
+        loss_of(theirs, step).backward()  # type: ignore[no-untyped-call]
         gradients = torch.cat([p.grad.flatten() for p in theirs.parameters() if p.grad is not None])
         assert norm == pytest.approx(float(gradients.norm()), rel=1e-5)
         for parameter in theirs.parameters():
@@ -93,14 +93,14 @@ def test_without_an_average_the_weights_themselves_are_given() -> None:
 
 def test_muon_turns_named_matrices_evenly_and_leaves_the_rest_to_adamw() -> None:
     ours, theirs = network(), network()
-    start = ours[0].weight.detach().clone()
+    start = ours.get_parameter("0.weight").detach().clone()
     Optimiser(ours.named_parameters(), pace=LEVEL, muon=("0.",)).step(loss_of(ours, 0))
     Optimiser(theirs.named_parameters(), pace=LEVEL).step(loss_of(theirs, 0))
     for name in ("0.bias", "2.weight", "2.bias"):
         torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name))
     # Liu et al. 2025: an orthogonal update x 0.2 sqrt(max(rows, columns)). Newton and Schulz's
     # five rounds bring the singular values to about 1.
-    update = (start - ours[0].weight.detach()) / (0.1 * 0.2 * math.sqrt(6))
+    update = (start - ours.get_parameter("0.weight").detach()) / (0.1 * 0.2 * math.sqrt(6))
     singular = torch.linalg.svdvals(update)[:4]  # four samples give a gradient of rank four
     assert bool(((singular > 0.6) & (singular < 1.3)).all()), singular
 

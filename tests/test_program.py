@@ -109,19 +109,20 @@ class Halves(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.empty_like(x, dtype=torch.float64 if self.odd == "converts" else None)
-        even = x[..., :1] if self.odd == "repeats" else x[..., 0::2] * 3
+        early = out.view(-1) if self.odd == "read early" else None
         if self.odd == "other axis":
             out[0::2], out[1::2] = x[1::2], x[0::2]
         elif self.odd == "three":
             out[..., 0::3], out[..., 1::3], out[..., 2::3] = (x[..., i::3] for i in (1, 2, 0))
         else:
-            out[..., 0::2] = even
+            out[..., 0::2].copy_(x[..., :1] if self.odd == "repeats" else x[..., 0::2] * 3)
             out[..., 1::2] = x[..., 1::2] + 1
-        return out.type_as(x) * 2
+        return (out if early is None else early).type_as(x) * 2
 
 
 @pytest.mark.parametrize(
-    ("odd", "count"), [("", 1), ("converts", 0), ("repeats", 0), ("other axis", 0), ("three", 0)]
+    ("odd", "count"),
+    [("", 1)] + [(odd, 0) for odd in ("converts", "repeats", "other axis", "three", "read early")],
 )
 def test_halves_are_interleaved_where_that_is_the_same(odd: str, count: int) -> None:
     module = Halves(odd)
@@ -129,7 +130,6 @@ def test_halves_are_interleaved_where_that_is_the_same(odd: str, count: int) -> 
     exported = torch.export.export(module, (x,), strict=False)
     assert interleave_halves(exported) == count
     assert torch.equal(exported.module()(x), module(x))
-    torch.testing.assert_close(exported.run_decompositions().module()(x), module(x))
 
 
 def test_rotary_embeddings_of_the_denoiser_are_interleaved(
@@ -139,5 +139,6 @@ def test_rotary_embeddings_of_the_denoiser_are_interleaved(
     program = capture(roles["denoiser"], signatures["denoiser"], role="denoiser")
     names = [str(node.target) for node in program.exported.graph.nodes]
     # One layer rotates queries and keys.
-    assert names.count("aten.flatten.using_ints") == 2
+    assert names.count("aten.stack.default") == 2
+    assert "aten.empty_like.default" not in names
     assert "aten.copy_.default" not in names

@@ -1,4 +1,4 @@
-"""References: shapes counted by hand, and one valid set of tensors broken in one place at a time."""
+"""References: shapes counted by hand, and valid tensors broken in one place at a time."""
 
 import json
 from typing import Any
@@ -88,7 +88,10 @@ def test_what_fits_passes(sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"words": None}, r"expected tensors \['noisy', 'time', 'words'\], got \['noisy', 'time'\]"),
+        (
+            {"words": None},
+            r"expected tensors \['noisy', 'time', 'words'\], got \['noisy', 'time'\]",
+        ),
         ({"extra": (1,)}, "got .*'extra'"),
         ({"time": (2, 1)}, r"time: expected axes \('batch',\), got shape \(2, 1\)"),
         ({"words": (1, 6)}, r"words: axes \(1, 5\) do not admit \(1, 6\)"),

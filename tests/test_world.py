@@ -115,7 +115,9 @@ def test_drain_leaves_one_value_and_brightness() -> None:
     first, last = (render(scene | {"colour": torch.full((8,), c)}, size=SIZE) for c in (1.0, 0.0))
     torch.testing.assert_close(last[:, 0], last[:, 1])
     is_inside = (first.abs() < 1).all(dim=1)
-    torch.testing.assert_close(last[:, 0][is_inside], first.mean(dim=1)[is_inside], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        last[:, 0][is_inside], first.mean(dim=1)[is_inside], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

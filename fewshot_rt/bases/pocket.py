@@ -1,7 +1,8 @@
 """pocket: the small video model in the box, of the Wan TI2V family. See DESIGN.md in the sources.
 
 The first latent frame is given clean, at time 0; the others are denoised by flow matching.
-Axes: B batch, C channels, T frames, H W pixels, F latent frames, h w latent grid, L tokens, D width.
+Axes: B batch, C channels, T frames, H W pixels, F latent frames, h w latent grid, L tokens, D
+width.
 """
 
 import json
@@ -131,6 +132,10 @@ class PocketBase:
     def encode(self, video: Tensor) -> Tensor:
         """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
         return self.autoencoder.encode(video)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode all frames. Shapes: [B, C, F, h, w] -> [B, 3, T, H, W]."""
+        return self.autoencoder.decode(latents)
 
     def decode_last(self, latents: Tensor) -> Tensor:
         """Decode only the last frame. Shapes: [B, C, F, h, w] -> [B, 3, H, W]."""

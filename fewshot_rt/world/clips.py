@@ -69,7 +69,7 @@ def _draw_events(dice: Dice, event: str | None) -> Tensor:
 def _happen(scene: Scene, dice: Dice, words: Tensor) -> tuple[Scene, Scene]:
     """Let each clip's event happen: compute those that occur, keep each in its own clips."""
     before, after = dict(scene), dict(scene)
-    for word in words.unique().tolist():
+    for word in sorted(set(words.tolist())):
         chosen = words == word
         start, end = EVENTS[VOCABULARY[word]](scene, dice)
         for whole, changed in ((before, start), (after, end)):

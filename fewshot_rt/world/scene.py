@@ -151,7 +151,7 @@ def coloured_noise(dice: Dice, *, channels: int) -> Tensor:
     power = dice.uniform(0.7, 2.2, 1, 1, 1)
     shared = white[:, :1]
     mixed = 0.8 * shared + 0.6 * white if channels > 1 else white
-    noise = torch.fft.irfft2(mixed * frequency ** (-power), s=(CANVAS, CANVAS))
+    noise: Tensor = torch.fft.irfft2(mixed * frequency ** (-power), s=(CANVAS, CANVAS))
     noise = noise - noise.mean(dim=(2, 3), keepdim=True)
     return noise / noise.std(dim=(2, 3), keepdim=True)
 
