@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types bench format clean
+.PHONY: demo test lint types bench tables format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,8 +32,11 @@ types: $(STAMP)  ## on the built wheel: the tree's folders are not where the pac
 	$(BIN)/pip install --quiet --no-deps --target build/types/site build/types/*.whl
 	cd build/types/site && ../../../$(BIN)/mypy --config-file ../../../pyproject.toml -p fewshot_rt
 
-bench: $(STAMP)  ## latency of the demo's run; writes benchmarks/results/
-	$(BIN)/fewshot-rt bench
+bench: $(STAMP)  ## latency of the latest run; adds a record to benchmarks/results/
+	$(BIN)/fewshot-rt bench --results benchmarks/results
+
+tables: $(STAMP)  ## the README's tables, from the records
+	$(BIN)/python -m fewshot_rt.benchmarks.report README.md
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -40,7 +40,7 @@ def _type(*words: str) -> dict[str, Any]:
     click.secho(f"\n$ fewshot-rt {shlex.join(words)}", bold=True)
     # The console script stands beside the interpreter of the environment that runs this.
     script = Path(sys.executable).with_name("fewshot-rt")
-    call = [script, *words, "--json"]
+    call = [str(script), *words, "--json"]
     done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)

@@ -20,18 +20,22 @@ RESULTS = Path(__file__).parent / "results"
 class Record:
     """What was measured, where, and on which code.
 
-    case: what was answered. reference: the variant that parity is against. variants: of each, its
-    times in ms, the first call apart. parity: of each other variant, relative L2 and so on.
-    images: in one call. floor: see `Floor`. commit: None outside of git; "+" says it was changed.
+    kind: "latency" (times) or "quality" (metrics). case: what was answered. reference: the variant
+    that parity is against, or the one to judge. variants: of each, its times in ms, the first call
+    apart, or its metrics. parity: of each other variant, relative L2 and so on. images: in one
+    call, or measured in all. floor: see `Floor`. commit: None outside of git; "+" says it was
+    changed.
     """
+
+    kind: str = "latency"
 
     case: str
     images: int
     reference: str
     variants: Mapping[str, Mapping[str, float]]
-    parity: Mapping[str, Mapping[str, float]]
-    floor: Mapping[str, float]
     settings: Mapping[str, Any]
+    parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    floor: Mapping[str, float] = field(default_factory=dict)
     date: str = field(default_factory=lambda: _now())
     commit: str | None = field(default_factory=lambda: commit())
     machine: Mapping[str, Any] = field(default_factory=lambda: describe_machine().to_dict())

@@ -6,6 +6,7 @@ the table of the case NAME
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def replace_block(text: str, name: str, content: str) -> str:
 
 def make_table(record: Record) -> str:
     """Make the table of one record, with what it was measured on below it."""
+    return _qualities(record) if record.kind == "quality" else _latencies(record)
+
+
+def _qualities(record: Record) -> str:
+    """Make a table with a row for each who answered and a column for each metric."""
+    names = list(record.variants[record.reference])
+    lines = [_row(["who", *names]), _row(["---", *["---:"] * len(names)])]
+    for who, values in record.variants.items():
+        cells = (f"{values[name]:.3f}" if name in values else "" for name in names)
+        lines.append(_row([who, *cells]))
+    settings = ", ".join(f"{key} {value}" for key, value in record.settings.items())
+    origin = f"{record.date[:10]}, commit {record.commit or 'unknown'}"
+    return "\n".join([*lines, "", f"Mean over {record.images} images; {settings}; {origin}."])
+
+
+def _latencies(record: Record) -> str:
     first = next(iter(record.variants))
     headings = [heading.format(first=first) for heading in HEADINGS]
     lines = [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)])]
@@ -84,3 +101,8 @@ def _caption(record: Record) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    for document in sys.argv[1:]:
+        update_document(Path(document))

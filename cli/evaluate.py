@@ -2,12 +2,16 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .models import find_model, open_model
 from .options import FOLDER, json_option, runs_option, write_result
 from .progress import say, show_scores
+
+if TYPE_CHECKING:
+    from fewshot_rt.task import Pair
 
 
 @click.command("eval")
@@ -47,7 +51,7 @@ def command(
     write_result({"model": place, "panel": panel, **asdict(result)}, as_json=as_json)
 
 
-def _trained_on(place: Path) -> tuple[object, ...]:
+def _trained_on(place: Path) -> "tuple[Pair, ...]":
     """Give the pairs that a run, or a bundle inside a run, was trained on, if they still exist."""
     from fewshot_rt.runs import TASK_FILE, read_run
     from fewshot_rt.task import Task

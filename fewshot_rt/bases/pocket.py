@@ -25,7 +25,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "pocket"
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 TIME_SCALE = 1000  # the transformer counts time from 0 to 1000
 PROMPT_WORDS = 4  # tokens of a prompt
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "patch_size": [1, 2, 2],
     "num_attention_heads": 3,
     "attention_head_dim": 64,
