@@ -58,7 +58,7 @@ def fit(
     recipe = make_recipe(base, task, config)
     write_run(folder, config=config, task=chosen, recipe=recipe)
     shown = _Shown(folder, task, base_predictor(base, recipe, task.prompt, origin=str(folder)))
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1) as log:
         steps = train(base, chosen, config, folder, cache=folder.parent / ".cache")
         for step in steps:
             if step.gradient_norm:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import ModelError
+
 
 @contextmanager
 def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
@@ -85,9 +87,16 @@ class Optimiser:
         self.shadow = {n: p.detach().clone() for n, p in self.named.items()} if average else {}
 
     def step(self, loss: Tensor, *, progress: float = 0.0) -> float:
-        """Go one step down the loss; give the norm of the gradient before the clip."""
+        """Go one step down the loss; give the norm of the gradient before the clip.
+
+        Raises: ModelError if it is not a number; the weights are then as before.
+        """
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.clip)
+        if not torch.isfinite(norm):
+            raise ModelError(
+                f"the gradient became {float(norm)} at loss {float(loss.detach())}: lower --rate."
+            )
         rate = self.pace.at(self.step_count, progress)
         for part in self._parts:
             for group in part.param_groups:

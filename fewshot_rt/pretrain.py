@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
@@ -61,25 +60,33 @@ class _Clock:
 def pretrain(config: PretrainConfig, folder: Path) -> Iterator[PretrainStep]:
     """Pretrain in a folder, going on from the state that is there; yield after every step.
 
-    At the end, and at every checkpoint, the folder is a base that `train --base FOLDER` takes.
-    Raises: ModelError if the folder holds a run with other sizes.
+    At the end, at every checkpoint, and when it is left early (Ctrl-C), the state is saved; after the
+    autoencoder's stage the folder is then a base that `train --base FOLDER` takes.
+    Raises: ModelError if the folder holds a run with other sizes, or a gradient is no number.
     """
     run = _Run(config, folder)
     run.resume()
-    for stage in STAGES:
-        last_save = time.monotonic()
-        while (progress := run.clock.progress(stage, config)) < 1:
-            started = time.monotonic()
-            loss, clips = run.step(stage, progress)
-            seconds = time.monotonic() - started
-            run.clock.spent[stage] += seconds
-            count = run.optimisers[stage].step_count
-            yield PretrainStep(stage, count, loss, progress, seconds, clips / seconds)
-            if time.monotonic() - last_save > 60 * config.save_minutes:
-                run.save()
-                last_save = time.monotonic()
-        run.finish(stage)
-    run.save()
+    try:
+        for stage in STAGES:
+            yield from _train_stage(run, stage)
+            run.finish(stage)
+    finally:
+        run.save()
+
+
+def _train_stage(run: "_Run", stage: str) -> Iterator[PretrainStep]:
+    config = run.config
+    last_save = time.monotonic()
+    while (progress := run.clock.progress(stage, config)) < 1:
+        started = time.monotonic()
+        loss, clips = run.step(stage, progress)
+        seconds = time.monotonic() - started
+        run.clock.spent[stage] += seconds
+        count = run.optimisers[stage].step_count
+        yield PretrainStep(stage, count, loss, progress, seconds, clips / seconds)
+        if time.monotonic() - last_save > 60 * config.save_minutes:
+            run.save()
+            last_save = time.monotonic()
 
 
 class _Run:
@@ -134,10 +141,7 @@ class _Run:
             if loss is None:
                 loss = self._denoising(clips.video, clips.words)
         self.optimisers[stage].step(loss, progress=progress)
-        value = float(loss.detach())
-        if not np.isfinite(value):
-            raise ModelError(f"the loss of the {stage} became {value}: lower the rate and go on.")
-        return value, batch
+        return float(loss.detach()), batch
 
     def _reconstruction(self, video: Tensor) -> Tensor:
         """Absolute error of pixels and of their differences, with a little noise on latents."""

@@ -15,7 +15,6 @@ from torch.nn import functional
 from .adapter import Provenance, add_lora
 from .augment import Augmentation
 from .base import Base
-from .errors import ModelError
 from .files import whole
 from .latents import encode_task
 from .optimise import Optimiser, Pace, arithmetic
@@ -45,7 +44,7 @@ def train(
 
     Goes on from the state in the folder, if there is one; saves it every so often, at the end, and
     when the loop is left early (Ctrl-C). Step 0 is yielded before the first update.
-    Raises: ModelError if the loss stops being a number.
+    Raises: ModelError if the gradient stops being a number.
     """
     loop = _Loop(base, task, config, cache)
     loop.resume(folder / STATE_FILE)
@@ -126,8 +125,6 @@ class _Loop:
         norm = self.optimiser.step(loss, progress=self.progress())
         self.seconds += time.monotonic() - started
         value = float(loss.detach())
-        if value != value or value == float("inf"):
-            raise ModelError(f"the loss became {value}: lower --rate, or use --precision fp32.")
         return TrainStep(self.step_count, value, self.progress(), self.seconds_left(), norm)
 
     def _draw(self) -> dict[str, Tensor]:

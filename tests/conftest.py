@@ -46,15 +46,24 @@ def tiny_base(make_tiny_base: Callable[[], Any]) -> Any:
     return make_tiny_base()
 
 
+@pytest.fixture(scope="session")
+def write_tiny_base(make_tiny_base: Callable[[], Any]) -> Callable[[Path], Path]:
+    """A function that writes the tiny base as `pretrain` would, but in fp32."""
+    return lambda folder: _write_base(make_tiny_base(), folder)
+
+
 @pytest.fixture
-def tiny_base_folder(tiny_base: Any, tmp_path: Path) -> Path:
-    """The tiny base as `pretrain` would write it, but in fp32; for `open_base(str(folder))`."""
+def tiny_base_folder(write_tiny_base: Callable[[Path], Path], tmp_path: Path) -> Path:
+    """The tiny base on disk, for `open_base(str(folder))`."""
+    return write_tiny_base(tmp_path / "tiny_base")
+
+
+def _write_base(tiny_base: Any, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     from fewshot_rt.bases.pocket import WEIGHT_FILE
     from fewshot_rt.files import write_json
 
-    folder = tmp_path / "tiny_base"
     transformer = tiny_base.denoiser().transformer
     config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
     write_json(

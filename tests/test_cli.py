@@ -3,13 +3,17 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fewshot_rt.cli.main import COMMANDS, main
 from fewshot_rt.images import read_image, write_image
@@ -17,47 +21,76 @@ from fewshot_rt.images import read_image, write_image
 SCRIPT = Path(sys.executable).with_name("fewshot-rt")
 
 
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
+FLAGS = ["--base", "base", "--batch", "2", "--variants", "2", "--rank", "4"]
+PAIRS = Path("pairs")
+IMAGES = PAIRS / "test" / "input"
+
+
+def write_pairs(folder: Path) -> None:
     """Bright squares and their masks: 3 pairs to train, 2 to test."""
     for index in range(5):
         split = "test" if index > 2 else "train"
         mask = np.zeros((32, 32), np.uint8)
         mask[4 + index : 20, 6 : 22 + index] = 255
         image = np.repeat((mask // 2 + 40)[..., None], 3, axis=-1)
-        write_image(tmp_path / "pairs" / split / "input" / f"{index}.png", image)
-        write_image(tmp_path / "pairs" / split / "target" / f"{index}.png", mask)
-    return tmp_path / "pairs"
+        write_image(folder / split / "input" / f"{index}.png", image)
+        write_image(folder / split / "target" / f"{index}.png", mask)
+
+
+def type_words(*words: Any) -> int:
+    """Type a command; give its status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fewshot-rt", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+    return int(left.value.code or 0)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory, write_tiny_base: Any) -> Path:
+    """A folder with a base, pairs, and a short training named "one" with its ONNX bundle."""
+    folder = tmp_path_factory.mktemp("workshop")
+    write_tiny_base(folder / "base")
+    write_pairs(folder / "pairs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert type_words("train", PAIRS, "--name", "one", "--steps", 3, *FLAGS) == 0
+        assert type_words("export", "--engine", "onnx") == 0
+    return folder
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Any:
-    """Type a command in an empty folder; give its status, its stdout and its stderr."""
+def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, workshop: Path) -> Any:
+    """Type commands in a folder with a base and pairs; give status, stdout and stderr."""
+    for name in ("base", "pairs"):
+        shutil.copytree(workshop / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
 
     def typed(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fewshot-rt", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
+        capsys.readouterr()
+        status = type_words(*words)
+        return status, *capsys.readouterr()
 
     return typed
 
 
 @pytest.fixture
-def trained(run: Any, pairs: Path, tiny_base_folder: Path) -> Any:
-    """The same, after a short training named "one"."""
-    flags = ["--base", tiny_base_folder, "--steps", 3, "--batch", 2, "--variants", 2, "--rank", 4]
-    status, _, err = run("train", pairs, "--name", "one", *flags)
-    assert status == 0, err
+def exported(run: Any, workshop: Path) -> Any:
+    """The same, with the run and its bundle."""
+    shutil.copytree(workshop / "runs", "runs", symlinks=True)
     return run
 
 
-def test_the_whole_way(trained, pairs, tmp_path):
+@pytest.fixture
+def trained(exported: Any) -> Any:
+    """The same, with the run alone."""
+    shutil.rmtree("runs/one/bundles")
+    return exported
+
+
+def test_the_whole_way(exported, tmp_path):
     """As the README has it: `train`, then `export --engine onnx` and `predict DIR` alone."""
-    assert trained("export", "--engine", "onnx")[0] == 0
-    status, out, _ = trained("predict", pairs / "test" / "input", "--json")
+    status, out, _ = exported("predict", IMAGES, "--json")
     assert status == 0
     result = json.loads(out)
     assert Path(result["model"]).name == "onnx-fp32"
@@ -66,7 +99,7 @@ def test_the_whole_way(trained, pairs, tmp_path):
         answer = read_image(tmp_path / "answers" / name)
         assert answer.shape == (32, 32, 3)
         assert set(np.unique(answer)) <= {0, 255}
-    status, out, err = trained("eval", pairs, "--panel", "panel.png", "--json")
+    status, out, err = exported("eval", PAIRS, "--panel", "panel.png", "--json")
     assert status == 0
     scores = json.loads(out)["scores"]
     assert set(scores) == {"fewshot-rt", "copy", "mean target", "nearest pair", "otsu"}
@@ -75,24 +108,21 @@ def test_the_whole_way(trained, pairs, tmp_path):
     assert read_image(tmp_path / "panel.png").shape[1] > 3 * 32
 
 
-def test_bundle_and_run_give_the_same_answers(trained, pairs):
-    trained("export", "--engine", "onnx")
-    source = pairs / "test" / "input"
-    trained("predict", source, "--out", "a", "--model", "runs/one/bundles/onnx-fp32")
-    trained("predict", source, "--out", "b", "--model", "one")
-    trained("export", "--engine", "eager")
-    trained("predict", source, "--out", "c", "--model", "one/bundles/eager-fp32")
+def test_bundle_and_run_give_the_same_answers(exported):
+    shutil.copytree("runs/one", "runs/bare", ignore=shutil.ignore_patterns("bundles"))
+    exported("predict", IMAGES, "--out", "a", "--model", "runs/one/bundles/onnx-fp32")
+    exported("predict", IMAGES, "--out", "b", "--model", "bare")
+    exported("export", "--engine", "eager")
+    exported("predict", IMAGES, "--out", "c", "--model", "one/bundles/eager-fp32")
     for name in ("3.png", "4.png"):
         one, other, third = (read_image(Path(place) / name) for place in "abc")
         assert (one != other).mean() < 0.01
         assert (other != third).mean() < 0.01
 
 
-def test_newer_training_comes_before_an_older_bundle(trained, pairs, tiny_base_folder):
-    trained("export", "--engine", "onnx")
-    flags = ["--base", tiny_base_folder, "--steps", 4, "--batch", 2, "--variants", 2, "--rank", 4]
-    assert trained("train", pairs, "--name", "one", "--resume", *flags)[0] == 0
-    _, out, _ = trained("predict", pairs / "test" / "input", "--json")
+def test_newer_training_comes_before_an_older_bundle(exported):
+    assert exported("train", PAIRS, "--resume", "--steps", 4)[0] == 0
+    _, out, _ = exported("predict", IMAGES, "--json")
     assert Path(json.loads(out)["model"]).name == "one"
 
 
@@ -126,7 +156,7 @@ def test_help_of_all_is_quick_and_names_every_command():
         (["train", "pairs", "--augment", "flip"], "Did you mean 'flips'"),
     ],
 )
-def test_wrong_usage_is_2_and_says_what_is_possible(run, pairs, words, hint):
+def test_wrong_usage_is_2_and_says_what_is_possible(run, words, hint):
     status, out, err = run(*words)
     assert status == 2
     assert hint in err
@@ -144,7 +174,7 @@ def test_wrong_usage_is_2_and_says_what_is_possible(run, pairs, words, hint):
         (["train", "pairs", "--base", "pockett"], "Did you mean 'pocket'"),
     ],
 )
-def test_our_errors_are_1_in_one_line_and_in_json(run, pairs, words, hint):
+def test_our_errors_are_1_in_one_line_and_in_json(run, words, hint):
     status, out, err = run(*words, "--json")
     assert status == 1
     assert hint in err
@@ -152,10 +182,10 @@ def test_our_errors_are_1_in_one_line_and_in_json(run, pairs, words, hint):
     assert "Traceback" not in err
 
 
-def test_config_file_speaks_and_flags_come_first(run, pairs, tiny_base_folder, tmp_path):
-    text = f'base = "{tiny_base_folder}"\nsteps = 2\nbatch = 2\nvariants = 1\nrank = 2\n'
+def test_config_file_speaks_and_flags_come_first(run, tmp_path):
+    text = 'base = "base"\nsteps = 2\nbatch = 2\nvariants = 1\nrank = 2\n'
     (tmp_path / "settings.toml").write_text(text)
-    words = ["train", pairs, "--config", "settings.toml", "--name", "one", "--steps", 3]
+    words = ["train", PAIRS, "--config", "settings.toml", "--name", "one", "--steps", 3]
     status, out, err = run(*words, "--json")
     assert status == 0, err
     assert json.loads(out)["steps"] == 3
@@ -166,34 +196,36 @@ def test_config_file_speaks_and_flags_come_first(run, pairs, tiny_base_folder, t
     assert "Did you mean 'steps'" in err
 
 
-def test_a_run_is_not_replaced_unasked(trained, pairs, tiny_base_folder):
-    flags = ["--base", tiny_base_folder, "--steps", 3, "--batch", 2, "--variants", 2, "--rank", 4]
+def test_a_run_is_not_replaced_unasked(trained):
+    flags = ["--steps", 3, *FLAGS]
     before = Path("runs/one/adapter/adapter_model.safetensors").read_bytes()
-    status, _, err = trained("train", pairs, "--name", "one", *flags)
+    status, _, err = trained("train", PAIRS, "--name", "one", *flags)
     assert status == 1
     assert "--resume" in err
     assert "--overwrite" in err
     assert Path("runs/one/adapter/adapter_model.safetensors").read_bytes() == before
-    status, _, _ = trained("train", pairs, "--name", "one", "--overwrite", *flags, "--seed", 5)
+    (PAIRS / "train" / "target" / "0.png").rename("aside.png")
+    assert trained("train", PAIRS, "--name", "one", "--overwrite", *flags)[0] == 1
+    assert Path("runs/one/adapter/adapter_model.safetensors").read_bytes() == before
+    Path("aside.png").rename(PAIRS / "train" / "target" / "0.png")
+    status, _, _ = trained("train", PAIRS, "--name", "one", "--overwrite", *flags, "--seed", 5)
     assert status == 0
     assert Path("runs/one/adapter/adapter_model.safetensors").read_bytes() != before
 
 
-def test_failed_images_are_1_and_the_rest_is_done(trained, pairs):
-    source = pairs / "test" / "input"
-    (source / "cut.png").write_bytes((source / "3.png").read_bytes()[:40])
-    status, out, err = trained("predict", source, "--json")
+def test_failed_images_are_1_and_the_rest_is_done(exported):
+    (IMAGES / "cut.png").write_bytes((IMAGES / "3.png").read_bytes()[:40])
+    status, out, err = exported("predict", IMAGES, "--json")
     assert status == 1
     result = json.loads(out)
     assert (result["done"], result["failed"]) == (2, 1)
     assert "cut.png" in err
-    status, out, _ = trained("predict", source, "--json")
+    status, out, _ = exported("predict", IMAGES, "--json")
     assert (status, json.loads(out)["kept"]) == (1, 2)
 
 
 @pytest.mark.parametrize("damage", ["adapter", "bundle", "config"])
-def test_damaged_models_are_refused(trained, pairs, damage):
-    trained("export", "--engine", "onnx")
+def test_damaged_models_are_refused(exported, damage):
     bundle = Path("runs/one/bundles/onnx-fp32")
     if damage == "bundle":
         file = next(bundle.glob("denoiser*"))
@@ -202,16 +234,16 @@ def test_damaged_models_are_refused(trained, pairs, damage):
         shutil.rmtree(bundle)
         name = "config.json" if damage == "config" else "adapter/adapter_model.safetensors"
         Path("runs/one", name).write_bytes(b"{")
-    status, _, err = trained("predict", pairs / "test" / "input")
+    status, _, err = exported("predict", IMAGES)
     assert status == 1
     assert "damaged" in err or "differs" in err or "again" in err
     assert not Path("answers").exists()
 
 
-def test_adapter_for_another_base_is_refused(trained, pairs, tiny_base_folder):
-    index = tiny_base_folder / "model_index.json"
+def test_adapter_for_another_base_is_refused(trained):
+    index = Path("base/model_index.json")
     index.write_text(json.dumps(json.loads(index.read_text()) | {"revision": "newer"}))
-    status, _, err = trained("predict", pairs / "test" / "input")
+    status, _, err = trained("predict", IMAGES)
     assert status == 1
     assert "made for base 'tiny' revision 0" in err
 
@@ -226,34 +258,33 @@ def test_unknown_engine_is_refused_with_the_nearest(trained):
 class TestCheck:
     """`check` names what is wrong before any time is spent."""
 
-    def test_good_pairs(self, run, pairs, tiny_base_folder):
-        words = ["check", pairs, "--base", tiny_base_folder, "--batch", 2, "--variants", 1]
-        status, out, err = run(*words, "--json")
+    def test_good_pairs(self, run):
+        status, out, err = run("check", PAIRS, *FLAGS, "--json")
         assert status == 0, err
         found = json.loads(out)
         assert (found["train"], found["test"], found["answers"]) == (3, 2, "mask")
         assert found["estimate"]["seconds"] > 0
         assert "about" in err
 
-    def test_orphans_and_sizes_are_named(self, run, pairs):
-        (pairs / "train" / "target" / "0.png").unlink()
-        write_image(pairs / "train" / "input" / "1.png", np.zeros((8, 9, 3), np.uint8))
-        status, out, err = run("check", pairs, "--json")
+    def test_orphans_and_sizes_are_named(self, run):
+        (PAIRS / "train" / "target" / "0.png").unlink()
+        write_image(PAIRS / "train" / "input" / "1.png", np.zeros((8, 9, 3), np.uint8))
+        status, out, err = run("check", PAIRS, "--json")
         assert status == 1
         assert "0" in err
         assert "9x8" in err
         assert "32x32" in err
         assert len([p for p in json.loads(out)["problems"] if p["severity"] == "error"]) == 2
-        status, _, err = run("train", pairs)
+        status, _, err = run("train", PAIRS)
         assert status == 1
         assert "9x8" in err
         assert not Path("runs").exists()
 
-    def test_one_pair_is_a_warning(self, run, pairs):
+    def test_one_pair_is_a_warning(self, run):
         for index in (1, 2):
             for side in ("input", "target"):
-                (pairs / "train" / side / f"{index}.png").unlink()
-        status, _, err = run("check", pairs, "--no-estimate")
+                (PAIRS / "train" / side / f"{index}.png").unlink()
+        status, _, err = run("check", PAIRS, "--no-estimate")
         assert status == 0
         assert "warning" in err
 
@@ -299,12 +330,11 @@ def test_world_preview_is_a_moving_picture(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_bundle_answers_cold_without_the_training_packages(trained, pairs):
+def test_bundle_answers_cold_without_the_training_packages(exported):
     """A new process predicts with a bundle and imports none of what trained it."""
-    trained("export", "--engine", "onnx")
     probe = (
         "import sys; from fewshot_rt.cli.main import commands; "
-        f"status = commands.main(['predict', {str(pairs / 'test' / 'input')!r}], "
+        f"status = commands.main(['predict', {str(IMAGES)!r}], "
         "standalone_mode=False); "
         "heavy = {'torch', 'diffusers', 'peft', 'transformers'} & set(sys.modules); "
         "assert not heavy, heavy; sys.exit(status)"
@@ -312,3 +342,60 @@ def test_bundle_answers_cold_without_the_training_packages(trained, pairs):
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
     subprocess.run([sys.executable, "-c", probe], check=True, timeout=60, env=environment)
     assert len(list(Path("answers").glob("*.png"))) == 2
+
+
+class TestInterrupt:
+    """Ctrl-C in the middle of a command: status 1, one line, and nothing half written."""
+
+    def interrupt(self, *words: Any, when: Callable[[], bool]) -> str:
+        """Type a command in a process of its own, interrupt it at a moment; give its stderr."""
+        process = subprocess.Popen([SCRIPT, *map(str, words)], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not when() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1, errors
+        assert "interrupted" in errors
+        assert "Traceback" not in errors
+        assert not list(Path().rglob(".part-*.png"))
+        return errors
+
+    def test_train_saves_its_state_and_resumes(self, run):
+        words = ["train", PAIRS, "--name", "two", *FLAGS]
+        metrics = Path("runs/two/metrics.jsonl")
+        has_begun = lambda: metrics.exists() and metrics.stat().st_size > 0  # noqa: E731
+        self.interrupt(*words, "--steps", 100_000, when=has_begun)
+        assert Path("runs/two/state/train.pt").exists()
+        assert not Path("runs/latest").exists()
+        reached = torch.load("runs/two/state/train.pt", weights_only=True)["optimiser"]["steps"]
+        status, out, err = run("train", PAIRS, "--resume", "--steps", reached + 2, "--json")
+        assert status == 0, err
+        assert json.loads(out)["steps"] == reached + 2
+
+    def test_export_leaves_nothing_half_done(self, trained):
+        bundles = Path("runs/one/bundles")
+        self.interrupt("export", when=lambda: bundles.exists())
+        assert not list(bundles.iterdir())
+        assert trained("predict", IMAGES)[0] == 0
+
+    def test_predict_goes_on_where_it_stopped(self, exported):
+        for index in range(400):
+            shutil.copy(IMAGES / "3.png", IMAGES / f"copy-{index}.png")
+        answers = Path("answers")
+        self.interrupt("predict", IMAGES, when=lambda: len(list(answers.glob("*.png"))) > 5)
+        there = list(answers.glob("[!.]*.png"))
+        assert 5 < len(there) < 402
+        for path in there:
+            read_image(path)
+        status, out, _ = exported("predict", IMAGES, "--json")
+        assert status == 0
+        assert json.loads(out)["kept"] == len(there)
+        assert json.loads(out)["done"] == 402 - len(there)
+
+    def test_pretrain_saves_its_state(self, run):
+        words = ["pretrain", "fresh", "--layers", 1, "--heads", 1, "--native", 32, "--batch", 8]
+        words += ["--no-compile", "--save-minutes", 0.001]
+        state = Path("fresh/state/pretrain.pt")
+        self.interrupt(*words, "--minutes", 100, when=lambda: state.exists())
+        assert run(*words, "--minutes", 0.02)[0] == 0
