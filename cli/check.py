@@ -14,7 +14,7 @@ from .progress import say
 @click.command("check")
 @click.argument("pairs", type=FOLDER)
 @click.option(
-    "--estimate/--no-estimate", default=True, help="Try two steps and tell time and memory."
+    "--estimate/--no-estimate", default=True, help="Try a few steps and tell time and memory."
 )
 @settings_options(TrainConfig)
 @json_option

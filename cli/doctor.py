@@ -33,7 +33,8 @@ def _devices() -> dict[str, str]:
         return devices | {"cuda": "PyTorch is not installed"}
     import torch
 
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    devices["bf16 on the processor"] = "fast" if bf16 else "slow; fp32 is used"
+    from fewshot_rt.device import has_fast_bf16
+
+    devices["bf16 on the processor"] = "fast" if has_fast_bf16() else "slow; fp32 is used"
     devices["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return devices

@@ -45,6 +45,8 @@ def command(
     predictor, place = open_model(place, runs, device=device, steps=steps)
     result = evaluate(predictor, task, known=_trained_on(place), panel=panel)
     show_scores(result.scores, title=f"{place}, mean over {result.images} images")
+    if not result.is_held_out:
+        say("warning: the model was trained on some of these images")
     say(f"{result.images_per_second:.1f} images a second, from pixels to pixels")
     if panel:
         say(f"picture: {panel}")

@@ -66,7 +66,11 @@ def main() -> None:
     except FewshotError as error:
         status = _fail(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
-        status = _fail("interrupted. What is written stays; give the command again to go on.", 1)
+        status = _fail(
+            "interrupted. What is written stays. Give the command again to go on; "
+            "to train, with --resume.",
+            1,
+        )
     except BrokenPipeError:
         # Whoever read our output has left; do not complain again while Python closes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -58,7 +58,14 @@ def make_settings(cls: type[T], config: Path | None, flags: Mapping[str, Any]) -
 def write_result(values: Mapping[str, Any], *, as_json: bool) -> None:
     """Write the one JSON document, if it is asked for."""
     if as_json:
-        click.echo(json.dumps(values, default=str))
+        click.echo(json.dumps(_without_nan(values), default=str, allow_nan=False))
+
+
+def _without_nan(values: Any) -> Any:
+    """Put null where a number is none: JSON has no NaN."""
+    if isinstance(values, Mapping):
+        return {name: _without_nan(value) for name, value in values.items()}
+    return None if isinstance(values, float) and values != values else values
 
 
 def _flag(info: OptionInfo) -> Callable[[F], F]:

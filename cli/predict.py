@@ -59,7 +59,8 @@ def command(
     if len(failed) > MOST_LISTED:
         say(f"failed: {len(failed) - MOST_LISTED} more")
     say(
-        f"{counts['done']} answered, {counts['kept']} kept, {counts['failed']} failed "
+        f"{counts['done']} answered, {counts['kept']} kept as they were, "
+        f"{counts['failed']} failed "
         f"in {seconds:.1f} s: {out}"
     )
     write_result(

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fewshot_rt.config import make
+from fewshot_rt.config import make, read_mapping
 from fewshot_rt.errors import ConfigError, ModelError
 from fewshot_rt.runs import CONFIG_FILE, newest_run, read_run
 from fewshot_rt.train_config import TrainConfig
@@ -44,7 +44,7 @@ def command(
         raise ConfigError("--resume and --overwrite exclude each other")
     name = name or (newest_run(runs).name if resume else _fresh_name(pairs))
     folder = _place(runs, name, resume=resume, overwrite=overwrite)
-    settings = _resumed(folder, flags) if resume else given
+    settings = _resumed(folder, config, flags) if resume else given
     started = time.monotonic()
     from fewshot_rt.fit import fit
 
@@ -81,9 +81,10 @@ def _place(runs: Path, name: str, *, resume: bool, overwrite: bool) -> Path:
     return folder
 
 
-def _resumed(folder: Path, flags: dict[str, Any]) -> TrainConfig:
-    """Take the settings of a run that goes on, changed by the flags that are given."""
-    given = {name: flag for name, flag in flags.items() if flag is not None}
+def _resumed(folder: Path, config: Path | None, flags: dict[str, Any]) -> TrainConfig:
+    """Take the settings of a run that goes on, changed by the file and flags that are given."""
+    given = read_mapping(config) if config else {}
+    given |= {name: flag for name, flag in flags.items() if flag is not None}
     return make(TrainConfig, read_run(folder)["train"] | given)
 
 

@@ -109,9 +109,12 @@ class Adapter:
         if not place.is_dir():
             raise ModelError(f"{folder} holds no adapter. Train one: fewshot-rt train PAIRS.")
         try:
-            config = LoraConfig.from_pretrained(str(place))
+            # An absolute path: a relative one that is not there would be looked up on the Hub.
+            config = LoraConfig.from_pretrained(str(place.resolve()))
             weights = load_file(place / WEIGHTS_FILE)
-            provenance = Provenance(**json.loads((place / PROVENANCE_FILE).read_text()))
+            provenance = Provenance(
+                **json.loads((place / PROVENANCE_FILE).read_text(encoding="utf-8"))
+            )
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise ModelError(
                 f"the adapter in {place} is damaged ({error}). Train it again, or restore the "

@@ -1,6 +1,7 @@
 """Measure a predictor on pairs, beside the baselines."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from .baselines import make_baselines
 from .errors import DataError
 from .images import Pixels, montage, read_image, write_image
 from .metrics import measure
-from .predict import answer_image, time_predictor
+from .predict import answer_images
 from .predictor import Predictor
 from .task import Pair, Task
 
@@ -19,13 +20,15 @@ from .task import Pair, Task
 class Evaluation:
     """Metrics by who answered ("fewshot-rt" and the baselines), each as a mean over images.
 
-    scores: {who: {metric: mean}}. spread: the same, standard deviation over images.
+    scores: {who: {metric: mean}}. spread: the same, standard deviation over images. is_held_out:
+    no image was trained on.
     """
 
     scores: dict[str, dict[str, float]]
     spread: dict[str, dict[str, float]]
     images: int
     images_per_second: float
+    is_held_out: bool
 
 
 def evaluate(
@@ -43,24 +46,27 @@ def evaluate(
     codec, names = predictor.recipe.codec, predictor.recipe.metrics
     images = [read_image(pair.source) for pair in pairs]
     targets = [read_image(pair.target) for pair in pairs]
+    started = time.perf_counter()
+    answers = {"fewshot-rt": answer_images(predictor, images)}
+    seconds = time.perf_counter() - started
     learned_from = known or task.split("train").pairs
-    answerers: dict[str, Callable[[Pixels], Pixels]] = {
-        "fewshot-rt": lambda image: answer_image(predictor, image)
-    }
     if learned_from:
-        answerers |= make_baselines(learned_from, codec, size=predictor.recipe.size)
+        baselines = make_baselines(learned_from, codec, size=predictor.recipe.size)
+        answers |= {who: [answer(image) for image in images] for who, answer in baselines.items()}
+    if panel:
+        write_panel(panel, images, answers["fewshot-rt"], targets)
     scores, spread = {}, {}
-    for who, answer in answerers.items():
-        answers = [answer(image) for image in images]
-        if who == "fewshot-rt" and panel:
-            write_panel(panel, images, answers, targets)
+    for who, given in answers.items():
         measured = [
-            measure(given, wanted, codec=codec, names=names)
-            for given, wanted in zip(answers, targets, strict=True)
+            measure(answer, target, codec=codec, names=names)
+            for answer, target in zip(given, targets, strict=True)
         ]
         scores[who] = {name: float(np.mean([m[name] for m in measured])) for name in names}
         spread[who] = {name: float(np.std([m[name] for m in measured])) for name in names}
-    return Evaluation(scores, spread, len(images), time_predictor(predictor, images))
+    is_held_out = not {pair.source.resolve() for pair in pairs} & {
+        pair.source.resolve() for pair in learned_from
+    }
+    return Evaluation(scores, spread, len(images), len(images) / seconds, is_held_out)
 
 
 def write_panel(

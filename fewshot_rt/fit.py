@@ -10,20 +10,27 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
-import torch
 
 from .adapter import Adapter, snapshot
 from .augment import Augmentation
-from .base import Base
 from .bases import open_base
 from .config import make
+from .device import pick_device
 from .errors import ModelError
 from .evaluate import write_panel
-from .files import write_text
-from .images import read_image
-from .predict import answer_image
+from .files import reported, write_text
+from .images import Floats, read_image
+from .predict import answer_images
 from .predictor import Predictor
-from .runs import base_predictor, make_recipe, mark_latest, open_run, read_run, write_run
+from .runs import (
+    CONFIG_FILE,
+    base_predictor,
+    make_recipe,
+    mark_latest,
+    open_run,
+    read_run,
+    write_run,
+)
 from .task import Task
 from .train import STATE_FILE, TrainStep, make_provenance, train
 from .train_config import TrainConfig
@@ -46,30 +53,34 @@ def fit(
     Raises: DataError, ConfigError, ModelError.
     """
     task = Task.load(pairs)
-    shots = config.shots or len(task.split("train").pairs)
+    shots = len(task.split("train").pairs) if config.shots is None else config.shots
     chosen = task.shots(shots, config.seed)
-    config = replace(config, shots=shots, device=pick_device(config.device))
+    config = replace(
+        config, shots=shots, device=pick_device(config.device), base=settled(config.base)
+    )
     Augmentation.parse(config.augment, codec=task.codec.name)  # before anything is written
     base = open_base(config.base, device=config.device)
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
+    if overwrite:
+        remove_run(folder, keep=pairs)
     if (folder / STATE_FILE).is_file():
-        require_same(folder, chosen, config)
+        require_same(folder, chosen, config, revision=base.revision)
     recipe = make_recipe(base, task, config)
-    write_run(folder, config=config, task=chosen, recipe=recipe)
+    write_run(folder, base=base, config=config, task=chosen, recipe=recipe)
     shown = _Shown(folder, task, base_predictor(base, recipe, task.prompt, origin=str(folder)))
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1) as log:
-        steps = train(base, chosen, config, folder, cache=folder.parent / ".cache")
-        for step in steps:
-            if step.gradient_norm:
-                log.write(json.dumps(asdict(step)) + "\n")
-            shown.at(step)
-            yield step
+    bare = shown.predictor.answer(probe(shown.predictor))
+    log = folder / "metrics.jsonl"
+    for step in train(base, chosen, config, folder, cache=folder.parent / ".cache"):
+        if step.gradient_norm:
+            _append(log, step)
+        else:
+            _keep_until(log, step.step)
+        shown.at(step)
+        yield step
     provenance = make_provenance(base, chosen, config, steps=step.step)
     snapshot(base, provenance).save(folder)
     shown.write(step.step)
-    require_effect(folder, base, shown.predictor)
-    write_text(folder / "card.md", _card(folder, chosen, config, step))
+    require_effect(folder, bare, shown.predictor)
+    write_text(folder / "card.md", _card(folder, chosen, config))
     mark_latest(folder)
 
 
@@ -78,7 +89,8 @@ def estimate(task: Task, config: TrainConfig) -> dict[str, float]:
 
     Raises: ConfigError, ModelError.
     """
-    pairs = config.shots or len(task.split("train").pairs)
+    available = len(task.split("train").pairs)
+    pairs = available if config.shots is None else min(config.shots, available)
     config = replace(config, device=pick_device(config.device))
     trial = replace(config, steps=TRIAL_STEPS, variants=1, minutes=None)
     base = open_base(config.base, device=config.device)
@@ -97,19 +109,27 @@ def estimate(task: Task, config: TrainConfig) -> dict[str, float]:
     return {"seconds": seconds, "memory_gb": psutil.Process().memory_info().rss / 1e9}
 
 
-def pick_device(device: str) -> str:
-    """Choose cuda where there is one, for "auto".
+def settled(base: str) -> str:
+    """Give a base's folder as a path that holds from any other folder; a name as it is."""
+    return str(Path(base).resolve()) if (Path(base) / "model_index.json").is_file() else base
 
-    Raises: ModelError if cuda is asked for and not there.
+
+def remove_run(folder: Path, *, keep: Path) -> None:
+    """Remove a run that is to be replaced, and nothing else.
+
+    Raises: ModelError if the folder is no run, or holds the pairs; DataError if it stays.
     """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError("device 'cuda' is asked for, but PyTorch finds none. Use --device cpu.")
-    return device
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+        raise ModelError(f"{folder} is no run and is not replaced. Take another --name.")
+    if folder.resolve() in (keep.resolve(), *keep.resolve().parents):
+        raise ModelError(f"{folder} holds the pairs and is not replaced. Take another --name.")
+    with reported(folder):
+        shutil.rmtree(folder)
 
 
-def require_same(folder: Path, task: Task, config: TrainConfig) -> None:
+def require_same(folder: Path, task: Task, config: TrainConfig, *, revision: str) -> None:
     """Require that a run to go on with was begun on the same pairs with the same settings.
 
     Raises: ModelError that names what differs.
@@ -121,6 +141,8 @@ def require_same(folder: Path, task: Task, config: TrainConfig) -> None:
     differing = [k for k, v in vars(before).items() if k not in free and v != getattr(config, k)]
     if values["task_digest"] != task.digest():
         differing.append("the pairs")
+    if values["base_revision"] != revision:
+        differing.append("the revision of the base")
     if differing:
         raise ModelError(
             f"{folder} was begun with other settings: {', '.join(differing)}. Use those, or "
@@ -128,25 +150,26 @@ def require_same(folder: Path, task: Task, config: TrainConfig) -> None:
         )
 
 
-def require_effect(folder: Path, base: Base, trained: Predictor) -> None:
+def require_effect(folder: Path, bare: Floats, trained: Predictor) -> None:
     """Reload a saved run: its adapter must load whole, change the output, and answer as trained.
 
+    bare: what the base answered to `probe` without the adapter.
     Raises: ModelError if it does not.
     """
-    height, width = trained.recipe.size
-    image = np.random.default_rng(0).uniform(-1, 1, (1, 3, height, width)).astype(np.float32)
+    image = probe(trained)
     expected = trained.answer(image)
-    found = open_run(folder, device=str(base.device)).answer(image)
-    values = read_run(folder)
-    bare_base = open_base(values["train"]["base"], device=str(base.device))
-    bare = base_predictor(
-        bare_base, trained.recipe, values["task"]["prompt"], origin="without adapter"
-    )
-    if np.array_equal(bare.answer(image), found):
+    found = open_run(folder, device=read_run(folder)["train"]["device"]).answer(image)
+    if np.array_equal(bare, found):
         raise ModelError("the adapter does not change the output: it was saved without effect.")
     error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
     if not error <= RELOAD_TOLERANCE:
         raise ModelError(f"the saved adapter answers otherwise than the trained one ({error:.1e}).")
+
+
+def probe(predictor: Predictor) -> Floats:
+    """Draw an image to compare answers on. Shapes: [1, 3, H, W] at the recipe's size."""
+    shape = (1, 3, *predictor.recipe.size)
+    return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
 
 
 class _Shown:
@@ -166,14 +189,26 @@ class _Shown:
             self.write(step.step)
 
     def write(self, step: int) -> None:
-        answers = [answer_image(self.predictor, image) for image in self.images]
+        answers = answer_images(self.predictor, self.images)
         path = self.folder / "panels" / f"{step:06d}.png"
         write_panel(path, self.images, answers, self.targets, rows=PANEL_ROWS)
 
 
-def _card(folder: Path, task: Task, config: TrainConfig, last: TrainStep) -> str:
-    adapter = Adapter.load(folder)
-    origin = adapter.provenance
+def _append(log: Path, step: TrainStep) -> None:
+    with reported(log), log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(step)) + "\n")
+
+
+def _keep_until(log: Path, step: int) -> None:
+    """Keep the first lines of a log: those after the state that a run goes on from come again."""
+    if log.is_file():
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(log, "".join(lines[:step]))
+
+
+def _card(folder: Path, task: Task, config: TrainConfig) -> str:
+    origin = Adapter.load(folder).provenance
+    last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return f"""---
 base_model: {origin.base}
 library_name: peft
@@ -184,7 +219,7 @@ tags: [few-shot, image-to-image, fewshot-rt]
 
 A LoRA adapter for `{origin.base}` (revision {origin.revision}), trained by `fewshot-rt train` on
 {origin.shots} pairs: {origin.steps} steps of the `{origin.objective}` objective, rank
-{config.rank}, seed {origin.seed}. Last loss {last.loss:.4f}.
+{config.rank}, seed {origin.seed}. Last loss {last["loss"]:.4f}.
 
 - Answers are of kind `{task.codec.name}`; judged by {", ".join(task.metrics)}.
 - Use: `fewshot-rt predict IMAGES --model {folder.name}`; or, with diffusers,

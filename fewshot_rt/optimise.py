@@ -1,8 +1,6 @@
 """One optimiser for training and pretraining: warm-up, decay, gradient clip, moving average."""
 
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,21 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-
-
-@contextmanager
-def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """Compute in "fp32" or "bf16"; "auto" takes bf16 where the processor multiplies it fast."""
-    if precision == "auto":
-        fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        precision = "bf16" if fast else "fp32"
-    if precision == "fp32":
-        yield
-        return
-    with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16):
-        # Norms keep fp32 weights on purpose; PyTorch warns that this takes its unfused kernel.
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +105,8 @@ class Optimiser:
         """Go on from what `state_dict` gave."""
         for part, values in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(values)
-        self.step_count, self.shadow = state["steps"], state["shadow"]
+        self.step_count = state["steps"]
+        self.shadow = {n: v.to(self.named[n].device) for n, v in state["shadow"].items()}
 
     @torch.no_grad()
     def _follow(self) -> None:

@@ -3,9 +3,8 @@
 Axes: B batch, H W pixels.
 """
 
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -50,26 +49,51 @@ def plan(source: Path, out: Path) -> list[Job]:
 
     An answer has the relative name of its image with the suffix .png; where two images differ only
     in their suffix, the whole name is kept (a.jpg.png). Images inside `out` are left alone.
-    Raises: DataError if there is no image, or an answer would come to lie outside `out`.
+    Raises: DataError if there is no image, if an answer would replace an image or come to lie
+    outside `out`, or if two answers would have one name.
     """
-    if source.is_file():
-        return [Job(source, _inside(out, out / f"{source.stem}.png"))]
-    if not source.is_dir():
+    if not source.exists():
         raise DataError(f"{source} does not exist. Give an image or a folder of images.")
+    home = source.parent if source.is_file() else source
+    if out.resolve() == home.resolve():
+        raise DataError(f"{out} holds the images themselves. Give another --out for the answers.")
+    images = [source] if source.is_file() else _images(source, out)
+    names = [path.relative_to(home) for path in images]
+    taken = Counter(_folded(name.with_suffix(".png")) for name in names)
+    jobs = []
+    for path, name in zip(images, names, strict=True):
+        answer = name.with_suffix(".png")
+        if taken[_folded(answer)] > 1:
+            answer = name.with_name(f"{name.name}.png")
+        jobs.append(Job(path, _inside(out, out / answer)))
+    _require_unique(jobs)
+    return jobs
+
+
+def _images(source: Path, out: Path) -> list[Path]:
     apart = out.resolve()
-    images = [path for path in find_images(source) if apart not in path.resolve().parents]
+    images = find_images(source)
+    if source.resolve() in apart.parents:
+        images = [path for path in images if apart not in path.resolve().parents]
     if not images:
         raise DataError(f"{source} holds no images (png, jpg, webp, bmp, tif).")
-    stems: dict[Path, int] = {}
-    for path in images:
-        stems[path.with_suffix("")] = stems.get(path.with_suffix(""), 0) + 1
-    jobs = []
-    for path in images:
-        name = path.relative_to(source)
-        is_alone = stems[path.with_suffix("")] == 1
-        name = name.with_suffix(".png") if is_alone else name.with_name(f"{name.name}.png")
-        jobs.append(Job(path, _inside(out, out / name)))
-    return jobs
+    return images
+
+
+def _require_unique(jobs: list[Job]) -> None:
+    first: dict[str, Job] = {}
+    for job in jobs:
+        other = first.setdefault(_folded(job.answer), job)
+        if other is not job:
+            raise DataError(
+                f"{other.source} and {job.source} would both be answered as {job.answer}. "
+                "Rename one."
+            )
+
+
+def _folded(path: Path) -> str:
+    """Give a name under which some systems take two paths for one."""
+    return str(path).casefold()
 
 
 def predict(
@@ -102,27 +126,19 @@ def predict(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def answer_image(predictor: Predictor, pixels: Pixels) -> Pixels:
-    """Answer one image at its own size.
+def answer_images(predictor: Predictor, images: Sequence[Pixels]) -> list[Pixels]:
+    """Answer images in memory, each at its own size, in batches.
 
-    Shapes: pixels uint8 [H, W, 3]; result uint8 [H, W] or [H, W, 3], as the codec writes it.
+    Shapes: images uint8 [H, W, 3]; results uint8 [H, W] or [H, W, 3], as the codec writes them.
     """
-    answer = predictor.answer(to_model(pixels, predictor.recipe.size)[None])[0]
-    height, width = pixels.shape[:2]
-    return predictor.recipe.codec.decode(answer, (height, width))
-
-
-def time_predictor(predictor: Predictor, images: list[Pixels]) -> float:
-    """Answer images in memory, in batches, and give images a second."""
-    started = time.perf_counter()
-    batch = predictor.recipe.batch
-    for start in range(0, len(images), batch):
-        chunk = images[start : start + batch]
+    answers: list[Pixels] = []
+    for start in range(0, len(images), predictor.recipe.batch):
+        chunk = images[start : start + predictor.recipe.batch]
         ready = np.stack([to_model(pixels, predictor.recipe.size) for pixels in chunk])
         for pixels, answer in zip(chunk, predictor.answer(ready), strict=True):
             height, width = pixels.shape[:2]
-            predictor.recipe.codec.decode(answer, (height, width))
-    return len(images) / (time.perf_counter() - started)
+            answers.append(predictor.recipe.codec.decode(answer, (height, width)))
+    return answers
 
 
 def _next_batch(todo: Iterator[Job], count: int, *, overwrite: bool) -> tuple[list[Job], list[Job]]:

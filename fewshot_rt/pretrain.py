@@ -19,13 +19,14 @@ from torch.nn import functional
 from .autoencoder import AutoencoderConfig, TinyVideoAutoencoder
 from .bases.pocket import PROMPT_WORDS, TRANSFORMER, WEIGHT_FILE, PocketDenoiser, open_base
 from .config import to_dict
-from .errors import ModelError
+from .device import arithmetic, pick_device
 from .files import whole, write_json, write_text
 from .images import montage, to_uint8, write_image
-from .optimise import Optimiser, Pace, arithmetic
+from .optimise import Optimiser, Pace
 from .pretrain_config import PretrainConfig
 from .sample import sample
 from .schedule import Schedule
+from .state import load_state, save_state, uninterrupted
 from .world import VOCABULARY, make_clips
 
 FRAMES = 5
@@ -60,18 +61,21 @@ class _Clock:
 def pretrain(config: PretrainConfig, folder: Path) -> Iterator[PretrainStep]:
     """Pretrain in a folder, going on from the state that is there; yield after every step.
 
-    At the end, at every checkpoint, and when it is left early (Ctrl-C), the state is saved; after the
+    At the end, at checkpoints, and when it is left early (Ctrl-C), the state is saved; after the
     autoencoder's stage the folder is then a base that `train --base FOLDER` takes.
     Raises: ModelError if the folder holds a run with other sizes, or a gradient is no number.
     """
-    run = _Run(config, folder)
+    run = _Run(replace(config, device=pick_device(config.device)), folder)
     run.resume()
     try:
         for stage in STAGES:
-            yield from _train_stage(run, stage)
-            run.finish(stage)
+            # Once its latents are measured, the autoencoder is frozen: the denoiser learns them.
+            if stage == "denoiser" or not run.autoencoder.config.latents_std:
+                yield from _train_stage(run, stage)
+                run.finish(stage)
     finally:
-        run.save()
+        with uninterrupted():
+            run.save()
 
 
 def _train_stage(run: "_Run", stage: str) -> Iterator[PretrainStep]:
@@ -79,7 +83,8 @@ def _train_stage(run: "_Run", stage: str) -> Iterator[PretrainStep]:
     last_save = time.monotonic()
     while (progress := run.clock.progress(stage, config)) < 1:
         started = time.monotonic()
-        loss, clips = run.step(stage, progress)
+        with uninterrupted():
+            loss, clips = run.step(stage, progress)
         seconds = time.monotonic() - started
         run.clock.spent[stage] += seconds
         count = run.optimisers[stage].step_count
@@ -205,20 +210,17 @@ class _Run:
         path = self.folder / "state" / "pretrain.pt"
         if not path.is_file():
             return
-        state = torch.load(path, map_location=self.config.device, weights_only=True)
-        try:
-            self.autoencoder.load_state_dict(state["autoencoder"])
-            self.denoiser.load_state_dict(state["denoiser"])
-        except RuntimeError as error:
-            raise ModelError(
-                f"{self.folder} holds a run with other sizes. Give it other --layers and --heads, "
-                "or another folder."
-            ) from error
+        mend = "Give the --layers and --heads that it was begun with, or another folder."
+        load_state(path, self._take, mend=mend)
+
+    def _take(self, state: dict[str, Any]) -> None:
+        self.autoencoder.load_state_dict(state["autoencoder"])
+        self.denoiser.load_state_dict(state["denoiser"])
         for stage in STAGES:
             self.optimisers[stage].load_state_dict(state["optimisers"][stage])
         self._set_latents(tuple(state["latents_mean"]), tuple(state["latents_std"]))
         self.clock.spent.update(state["spent"])
-        self.generator.set_state(state["generator"].cpu())
+        self.generator.set_state(state["generator"])
 
     def save(self) -> None:
         """Write the state, the base as it is now (averaged weights), and a panel of samples."""
@@ -232,8 +234,7 @@ class _Run:
             "spent": self.clock.spent,
             "generator": self.generator.get_state(),
         }
-        with whole(self.folder / "state" / "pretrain.pt") as path:
-            torch.save(state, path)
+        save_state(self.folder / "state" / "pretrain.pt", state)
         if config.latents_std:
             self._write_base()
             _write_panel(self.folder, steps=self.optimisers["denoiser"].step_count)
@@ -258,7 +259,7 @@ class _Run:
         steps = {name: o.step_count for name, o in self.optimisers.items()}
         index = {
             "name": config.name,
-            "revision": _digest(weights),
+            "revision": _digest(weights | self.autoencoder.state_dict() | {"words": words}),
             "native": [config.native, config.native],
             "licence": "Apache-2.0",
             "steps": steps,

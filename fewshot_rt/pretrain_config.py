@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from .config import option
+from .errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +26,15 @@ class PretrainConfig:
     device: str = option("cpu", "cpu or cuda")
     save_minutes: float = option(5.0, "time between checkpoints and panels")
     compile: bool = option(True, "compile the training step")
+
+    def __post_init__(self) -> None:
+        for name in ("autoencoder_share", "half_share", "silent_words", "pure_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
+        for name in ("minutes", "rate", "autoencoder_rate", "save_minutes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.batch < 4 or self.layers < 1 or self.heads < 1 or self.seed < 0:
+            raise ConfigError("batch must be at least 4, layers and heads 1, the seed 0")
+        if self.native < 32 or self.native % 16:
+            raise ConfigError(f"native must be a multiple of 16 from 32 on, not {self.native}")

@@ -46,7 +46,9 @@ def make_recipe(base: "Base", task: "Task", config: "TrainConfig") -> Recipe:
     )
 
 
-def write_run(folder: Path, *, config: "TrainConfig", task: "Task", recipe: Recipe) -> None:
+def write_run(
+    folder: Path, *, base: "Base", config: "TrainConfig", task: "Task", recipe: Recipe
+) -> None:
     """Write what a run needs besides its adapter.
 
     Raises: DataError if the disk is full or the folder cannot be written to.
@@ -55,6 +57,7 @@ def write_run(folder: Path, *, config: "TrainConfig", task: "Task", recipe: Reci
         "train": vars(config),
         "recipe": recipe.to_dict(),
         "task_digest": task.digest(),
+        "base_revision": base.revision,
         "versions": versions(),
     }
     write_json(folder / CONFIG_FILE, values)
@@ -69,8 +72,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         raise ModelError(f"{folder} is no run: there is no {CONFIG_FILE}. {HINT}")
     try:
-        values: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
-        values["task"] = json.loads((folder / TASK_FILE).read_text())
+        values: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        values["task"] = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
         values["recipe"] = Recipe.from_dict(values["recipe"])
     except (OSError, ValueError, KeyError, TypeError, FewshotError) as error:
         raise ModelError(f"the run {folder} is damaged: {error}. Train it again.") from error
@@ -126,11 +129,12 @@ def mark_latest(folder: Path) -> None:
     link = folder.parent / LATEST
     temporary = folder.parent / f".{LATEST}-{os.getpid()}"
     try:
-        temporary.symlink_to(folder.name)
+        temporary.symlink_to(folder.name, target_is_directory=True)
+        os.replace(temporary, link)
     except OSError:
+        # Windows makes links for some users only, and replaces none.
+        temporary.unlink(missing_ok=True)
         write_text(link, folder.name + "\n")
-        return
-    os.replace(temporary, link)
 
 
 def latest_run(runs: Path) -> Path:
@@ -139,7 +143,7 @@ def latest_run(runs: Path) -> Path:
     Raises: ModelError if there is none.
     """
     link = runs / LATEST
-    name = link.read_text().strip() if link.is_file() else LATEST
+    name = link.read_text(encoding="utf-8").strip() if link.is_file() else LATEST
     if not (runs / name / CONFIG_FILE).is_file():
         raise ModelError(f"there is no trained run in {runs}. {HINT}")
     return (runs / name).resolve()

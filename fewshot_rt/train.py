@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ from torch.nn import functional
 from .adapter import Provenance, add_lora
 from .augment import Augmentation
 from .base import Base
-from .files import whole
+from .device import arithmetic
 from .latents import encode_task
-from .optimise import Optimiser, Pace, arithmetic
+from .optimise import Optimiser, Pace
 from .schedule import Schedule
+from .state import load_state, save_state, uninterrupted
 from .task import Task
 from .train_config import TrainConfig
 from .versions import versions
@@ -52,12 +54,15 @@ def train(
     saved = time.monotonic()
     try:
         while loop.progress() < 1:
-            yield loop.update()
+            with uninterrupted():
+                step = loop.update()
+            yield step
             if time.monotonic() - saved > config.save_seconds:
                 loop.save(folder / STATE_FILE)
                 saved = time.monotonic()
     finally:
-        loop.save(folder / STATE_FILE)
+        with uninterrupted():
+            loop.save(folder / STATE_FILE)
     loop.take_average()
 
 
@@ -98,7 +103,7 @@ class _Loop:
             clip=config.clip,
             average=config.average,
         )
-        self.generator = torch.Generator(base.device).manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.seconds = 0.0
 
     @property
@@ -129,11 +134,9 @@ class _Loop:
 
     def _draw(self) -> dict[str, Tensor]:
         """Draw a batch in which pairs come equally often, each in any variant."""
-        clean = self.encoded["clean"]
-        index = torch.randint(
-            len(clean), (self.config.batch,), generator=self.generator, device=clean.device
-        )
-        return {name: value[index] for name, value in self.encoded.items()}
+        count = len(self.encoded["clean"])
+        index = torch.randint(count, (self.config.batch,), generator=self.generator)
+        return {name: value[index.to(value.device)] for name, value in self.encoded.items()}
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         clean = batch.pop("clean")
@@ -148,14 +151,15 @@ class _Loop:
         return objective(self.base.schedule, predict, clean, self.generator, known)
 
     def resume(self, path: Path) -> None:
-        if not path.is_file():
-            return
-        state = torch.load(path, map_location=self.base.device, weights_only=True)
-        with torch.no_grad():
-            for name, parameter in self.optimiser.named.items():
-                parameter.copy_(state["weights"][name])
+        if path.is_file():
+            load_state(path, self._take, mend="Train again with --overwrite.")
+
+    @torch.no_grad()
+    def _take(self, state: dict[str, Any]) -> None:
+        for name, parameter in self.optimiser.named.items():
+            parameter.copy_(state["weights"][name])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.generator.set_state(state["generator"].cpu())
+        self.generator.set_state(state["generator"])
         self.seconds = state["seconds"]
 
     def save(self, path: Path) -> None:
@@ -165,8 +169,7 @@ class _Loop:
             "generator": self.generator.get_state(),
             "seconds": self.seconds,
         }
-        with whole(path) as temporary:
-            torch.save(state, temporary)
+        save_state(path, state)
 
     @torch.no_grad()
     def take_average(self) -> None:
@@ -190,7 +193,8 @@ def onestep_loss(
     found, _ = schedule.split(noisy, predict(noisy, moment), moment)
     error = (found - clean)[:, :, known:]
     edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
-    return error.square().mean() + 0.5 * edges
+    loss: Tensor = error.square().mean() + 0.5 * edges
+    return loss
 
 
 def diffusion_loss(
@@ -201,10 +205,9 @@ def diffusion_loss(
     Shapes: clean [B, C, F, h, w]; the first `known` frames do not count.
     Source: Lipman et al. 2023, eq. 23; times are logit-normal, Esser et al. 2024, sec. 3.1.
     """
-    device = clean.device
-    normal = torch.randn(len(clean), generator=generator, device=device)
-    moment = torch.sigmoid(normal).clamp(0.001, 1)
-    noise = torch.randn(clean.shape, generator=generator, device=device)
+    normal = torch.randn(len(clean), generator=generator)
+    moment = torch.sigmoid(normal).clamp(0.001, 1).to(clean.device)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     prediction = predict(schedule.noise(clean, noise, moment), moment)
     target = schedule.target(clean, noise, moment)
     return functional.mse_loss(prediction[:, :, known:], target[:, :, known:])

@@ -19,7 +19,9 @@ class TrainConfig:
         "onestep", "what is learned: one step from zero noise, or diffusion", choices=OBJECTIVES
     )
     steps: int = option(300, "updates of the adapter")
-    minutes: float | None = option(None, "stop after this time, even before the steps are done")
+    minutes: float | None = option(
+        None, "stop after this time of updates, even before the steps are done"
+    )
     batch: int = option(8, "videos in an update")
     rate: float = option(0.002, "learning rate")
     rank: int = option(32, "rank of the adapter")
@@ -37,8 +39,14 @@ class TrainConfig:
     save_seconds: float = option(30.0, "time between saved states, from which --resume goes on")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "rank", "alpha", "variants"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "batch", "rank", "alpha", "variants", "shots"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("minutes", "rate", "clip", "save_seconds"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("warmup", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be below 0, but is {getattr(self, name)}")
         if not 0 <= self.average < 1:
             raise ConfigError(f"average must be from 0 to below 1, not {self.average}")

@@ -153,6 +153,8 @@ def test_help_of_all_is_quick_and_names_every_command():
         (["train", "pairs", "--steps", "0"], "at least 1"),
         (["train", "pairs", "--name", "../out"], "one plain name"),
         (["train", "pairs", "--config", "no.toml"], "cannot be read"),
+        (["train", "pairs", "--device", "banana"], "cpu, cuda"),
+        (["pretrain", "x", "--device", "tpu"], "cpu, cuda"),
         (["train", "pairs", "--augment", "flip"], "Did you mean 'flips'"),
     ],
 )
@@ -311,8 +313,11 @@ def test_pretrain_makes_a_base_and_goes_on(run, tmp_path):
     assert status == 0, err
     first = json.loads(out)["steps"]
     assert all(count > 0 for count in first.values())
+    vae = tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    frozen = vae.read_bytes()
     status, out, _ = run(*words, "--minutes", 0.1)
     assert status == 0
+    assert vae.read_bytes() == frozen
     assert json.loads(out)["steps"]["denoiser"] > first["denoiser"]
     assert (tmp_path / "base" / "README.md").is_file()
     status, _, err = run(*words, "--heads", 2, "--minutes", 0.1)
@@ -395,7 +400,18 @@ class TestInterrupt:
 
     def test_pretrain_saves_its_state(self, run):
         words = ["pretrain", "fresh", "--layers", 1, "--heads", 1, "--native", 32, "--batch", 8]
-        words += ["--no-compile", "--save-minutes", 0.001]
-        state = Path("fresh/state/pretrain.pt")
-        self.interrupt(*words, "--minutes", 100, when=lambda: state.exists())
-        assert run(*words, "--minutes", 0.02)[0] == 0
+        words += ["--no-compile", "--minutes", 0.3, "--autoencoder-share", 0.9, "--json"]
+        folder = Path("fresh")
+        process = subprocess.Popen(
+            [SCRIPT, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        assert process.stderr is not None
+        assert "autoencoder" in process.stderr.readline()  # the first step is done
+        process.send_signal(signal.SIGINT)
+        assert "interrupted" in process.communicate(timeout=60)[1]
+        state = torch.load(folder / "state" / "pretrain.pt", weights_only=True)
+        reached = state["optimisers"]["autoencoder"]["steps"]
+        assert reached >= 1
+        status, out, err = run(*words)
+        assert status == 0, err
+        assert json.loads(out)["steps"]["autoencoder"] > reached

@@ -106,8 +106,11 @@ def test_left_early_and_resumed_equals_never_stopped(pairs, config, tmp_path):
     steps.close()  # what Ctrl-C does to the loop
     assert not (parted / "adapter").exists()
     resumed = fit(pairs, parted, config)
+    log = parted / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 4, "lo')  # a line torn by a kill
     assert next(resumed).step == 3
     list(resumed)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 7))
     one, two = weights(whole), weights(parted)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -146,6 +149,54 @@ def test_resume_with_other_settings_is_refused(pairs, config, tmp_path):
         list(fit(pairs, folder, config))
 
 
+def test_damaged_state_is_refused(pairs, config, tmp_path):
+    folder = tmp_path / "runs" / "one"
+    list(fit(pairs, folder, config))
+    state = folder / "state" / "train.pt"
+    for damage in (b"", b"{}", state.read_bytes()[:-200]):
+        state.write_bytes(damage)
+        with pytest.raises(ModelError, match="damaged or of other sizes"):
+            list(fit(pairs, folder, replace(config, steps=8)))
+    list(fit(pairs, folder, config, overwrite=True))
+
+
+def test_interrupt_within_a_step_waits_for_its_end(pairs, config, tmp_path, monkeypatch):
+    """SIGINT between AdamW and the average: the state is that of whole steps."""
+    from fewshot_rt.optimise import Optimiser
+
+    whole, parted = tmp_path / "runs" / "whole", tmp_path / "runs" / "parted"
+    list(fit(pairs, whole, config))
+    follow = Optimiser._follow
+
+    def interrupted(self: Optimiser) -> None:
+        if self.step_count == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        follow(self)
+
+    monkeypatch.setattr(Optimiser, "_follow", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(fit(pairs, parted, config))
+    monkeypatch.undo()
+    steps = fit(pairs, parted, config)
+    assert next(steps).step == 3
+    list(steps)
+    one, two = weights(whole), weights(parted)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_overwrite_removes_runs_and_nothing_else(pairs, config, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "dear.png").write_bytes(b"1")
+    with pytest.raises(ModelError, match="is no run"):
+        list(fit(pairs, photos, config, overwrite=True))
+    assert (photos / "dear.png").exists()
+    (pairs / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds the pairs"):
+        list(fit(pairs, pairs, config, overwrite=True))
+    assert len(Task.load(pairs).pairs) == 4
+
+
 def test_minutes_end_the_training(pairs, config, tmp_path):
     steps = list(fit(pairs, tmp_path / "one", replace(config, steps=100_000, minutes=0.02)))
     assert 1 < len(steps) < 10_000
@@ -176,9 +227,9 @@ def test_latents_are_encoded_once(pairs, config, tmp_path, monkeypatch):
 
 
 def test_adapter_without_effect_is_refused(pairs, config, tmp_path):
-    """A learning rate of zero leaves B at zero: the run must not claim to have learned."""
+    """A rate this low leaves every weight as it was: the run must not claim to have learned."""
     with pytest.raises(ModelError, match="without effect"):
-        list(fit(pairs, tmp_path / "runs" / "one", replace(config, rate=0.0)))
+        list(fit(pairs, tmp_path / "runs" / "one", replace(config, rate=1e-30)))
     assert not (tmp_path / "runs" / "latest").exists()
 
 
@@ -187,7 +238,10 @@ def test_loss_that_is_no_number_stops_the_training(pairs, config, tmp_path):
         list(fit(pairs, tmp_path / "one", replace(config, rate=1e30, steps=50, warmup=1)))
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"average": 1.0}, {"rank": -1}])
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 0}, {"average": 1.0}, {"rank": -1}, {"shots": 0}, {"seed": -1}, {"minutes": 0.0}],
+)
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ConfigError):
         TrainConfig(**change)

@@ -12,7 +12,7 @@ from PIL import Image
 from fewshot_rt.codecs import Codec
 from fewshot_rt.errors import ConfigError, DataError
 from fewshot_rt.images import read_image
-from fewshot_rt.predict import answer_image, plan, predict
+from fewshot_rt.predict import answer_images, plan, predict
 from fewshot_rt.predictor import Predictor, Recipe
 from fewshot_rt.schedule import Schedule
 
@@ -199,6 +199,25 @@ def test_links_cannot_lead_answers_outside(folder, tmp_path):
         plan(folder, out)
 
 
+def test_answers_never_replace_images(folder):
+    for source in (folder, folder / "a.png"):
+        with pytest.raises(DataError, match="Give another --out"):
+            plan(source, folder)
+
+
+def test_answers_may_go_to_a_parent_folder(folder):
+    assert len(plan(folder, folder.parent)) == 4
+
+
+def test_two_answers_of_one_name_are_refused(tmp_path):
+    source = tmp_path / "images"
+    source.mkdir()
+    for name in ("a.png", "a.bmp", "a.png.bmp"):
+        Image.fromarray(smooth(16, 16)).save(source / name)
+    with pytest.raises(DataError, match="Rename one"):
+        plan(source, tmp_path / "out")
+
+
 def test_one_image_can_be_answered(folder, tmp_path):
     (job,) = plan(folder / "a.png", tmp_path / "out")
     assert job.answer == tmp_path / "out" / "a.png"
@@ -250,7 +269,7 @@ def test_mask_answers_have_two_levels(folder, tmp_path):
 def test_answer_of_one_image_is_that_of_the_folder(folder, tmp_path):
     predictor = Inverter().predictor
     list(predict(predictor, plan(folder, tmp_path / "out")))
-    alone = answer_image(predictor, read_image(folder / "a.png"))
+    (alone,) = answer_images(predictor, [read_image(folder / "a.png")])
     assert np.array_equal(alone, read_image(tmp_path / "out" / "a.png"))
 
 

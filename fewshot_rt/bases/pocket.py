@@ -157,13 +157,13 @@ def open_base(name: str, *, device: str = "cpu") -> PocketBase:
     """
     folder = WEIGHTS if name == "pocket" else Path(name)
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         config = AutoencoderConfig.from_dict(_config(folder / "vae"))
         autoencoder = TinyVideoAutoencoder(config)
         autoencoder.load_state_dict(_weights(folder / "vae"))
         transformer = WanTransformer3DModel.from_config(_config(folder / "transformer"))
         transformer.load_state_dict(_weights(folder / "transformer"))
-        words = tuple(json.loads((folder / "prompt" / "words.json").read_text()))
+        words = tuple(json.loads((folder / "prompt" / "words.json").read_text(encoding="utf-8")))
         table = load_file(folder / "prompt" / "embeddings.safetensors")["embeddings"].float()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
@@ -179,7 +179,7 @@ def open_base(name: str, *, device: str = "cpu") -> PocketBase:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
