@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fewshot_rt.errors import DataError
+from fewshot_rt.errors import ConfigError, DataError
 from fewshot_rt.runs import MANIFEST_FILE
 
 from .models import find_run
@@ -62,6 +62,8 @@ def _measure(place: Path, *, batch: int, rounds: int) -> Any:
     from fewshot_rt.runs import base_predictor, open_merged
 
     merged, _, values = open_merged(place)
+    if batch > values["recipe"].batch:
+        raise ConfigError(f"--batch goes up to {values['recipe'].batch}, that of the run's bundles")
     recipe = replace(values["recipe"], batch=batch)
     prompt = values["task"]["prompt"]
     eager = base_predictor(merged, recipe, prompt, origin="eager")

@@ -1,12 +1,16 @@
 """What many tests share: a tiny base with random weights, in memory and on disk."""
 
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 TINY_SIZE = (32, 32)
+_FLAGS = ["--base", "base", "--batch", "2", "--variants", "2", "--rank", "4"]
 TINY_TRANSFORMER = {
     "num_layers": 1,
     "num_attention_heads": 1,
@@ -56,6 +60,72 @@ def write_tiny_base(make_tiny_base: Callable[[], Any]) -> Callable[[Path], Path]
 def tiny_base_folder(write_tiny_base: Callable[[Path], Path], tmp_path: Path) -> Path:
     """The tiny base on disk, for `open_base(str(folder))`."""
     return write_tiny_base(tmp_path / "tiny_base")
+
+
+def _write_pairs(folder: Path) -> None:
+    """Bright squares and their masks: 3 pairs to train, 2 to test."""
+    from fewshot_rt.images import write_image
+
+    for index in range(5):
+        split = "test" if index > 2 else "train"
+        mask = np.zeros((32, 32), np.uint8)
+        mask[4 + index : 20, 6 : 22 + index] = 255
+        image = np.repeat((mask // 2 + 40)[..., None], 3, axis=-1)
+        write_image(folder / split / "input" / f"{index}.png", image)
+        write_image(folder / split / "target" / f"{index}.png", mask)
+
+
+def _type(*words: Any) -> int:
+    """Type a command; give its status."""
+    from fewshot_rt.cli.main import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fewshot-rt", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+    return int(left.value.code or 0)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory, write_tiny_base: Any) -> Path:
+    """A folder with a base, pairs, and a short training named "one" with its ONNX bundle."""
+    folder = tmp_path_factory.mktemp("workshop")
+    write_tiny_base(folder / "base")
+    _write_pairs(folder / "pairs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert _type("train", "pairs", "--name", "one", "--steps", 3, *_FLAGS) == 0
+        assert _type("export", "--engine", "onnx") == 0
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, workshop: Path) -> Any:
+    """Type commands in a folder with a base and pairs; give status, stdout and stderr."""
+    for name in ("base", "pairs"):
+        shutil.copytree(workshop / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+
+    def typed(*words: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = _type(*words)
+        return status, *capsys.readouterr()
+
+    return typed
+
+
+@pytest.fixture
+def exported(run: Any, workshop: Path) -> Any:
+    """The same, with the run and its bundle."""
+    shutil.copytree(workshop / "runs", "runs", symlinks=True)
+    return run
+
+
+@pytest.fixture
+def trained(exported: Any) -> Any:
+    """The same, with the run alone."""
+    shutil.rmtree("runs/one/bundles")
+    return exported
 
 
 def _write_base(tiny_base: Any, folder: Path) -> Path:
