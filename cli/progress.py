@@ -20,13 +20,14 @@ class Meter:
         self._task = bar.add_task(title, total=1.0, note="") if bar else None
         self._last = time.monotonic() - LINE_SECONDS
 
-    def show(self, progress: float, note: str = "") -> None:
-        """Show the progress and a short note."""
+    def show(self, progress: float, note: str = "", *, seconds_left: float | None = None) -> None:
+        """Show the progress, a short note and, where there is no bar to tell it, the time left."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=progress, note=note)
         elif time.monotonic() - self._last >= LINE_SECONDS or progress >= 1:
             self._last = time.monotonic()
-            say(f"{self._title} {progress:4.0%}  {note}")
+            left = "" if not seconds_left else f"  {seconds_left:.0f} s left"
+            say(f"{self._title} {progress:4.0%}  {note}{left}")
 
 
 @contextmanager

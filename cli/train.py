@@ -50,8 +50,9 @@ def command(
 
     with meter("train") as shown:
         for step in fit(pairs, folder, settings, overwrite=overwrite):
-            note = f"step {step.step}  loss {step.loss:.4f}  {_left(step.seconds_left)}"
-            shown.show(step.progress, note if step.gradient_norm else "encoding is done")
+            note = f"step {step.step}  loss {step.loss:.4f}"
+            left = step.seconds_left if step.gradient_norm else None
+            shown.show(step.progress, note if left is not None else "encoded", seconds_left=left)
     seconds = time.monotonic() - started
     say(f"trained {step.step} steps in {seconds:.0f} s: {folder}")
     say(f"look at   {folder / 'panels'}\nnext      fewshot-rt export, or fewshot-rt predict DIR")
@@ -86,7 +87,3 @@ def _resumed(folder: Path, config: Path | None, flags: dict[str, Any]) -> TrainC
     given = read_mapping(config) if config else {}
     given |= {name: flag for name, flag in flags.items() if flag is not None}
     return make(TrainConfig, read_run(folder)["train"] | given)
-
-
-def _left(seconds: float) -> str:
-    return "" if seconds != seconds else f"{seconds:.0f} s left"
