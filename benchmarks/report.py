@@ -57,7 +57,7 @@ def _qualities(record: Record) -> str:
     names = list(record.variants[record.reference])
     lines = [_row(["who", *names]), _row(["---", *["---:"] * len(names)])]
     for who, values in record.variants.items():
-        cells = (f"{values[name]:.3f}" if name in values else "" for name in names)
+        cells = (f"{values[name]:.3g}" if name in values else "" for name in names)
         lines.append(_row([who, *cells]))
     settings = ", ".join(f"{key} {value}" for key, value in record.settings.items())
     origin = f"{record.date[:10]}, commit {record.commit or 'unknown'}"
