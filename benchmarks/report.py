@@ -57,11 +57,15 @@ def _qualities(record: Record) -> str:
     names = list(record.variants[record.reference])
     lines = [_row(["who", *names]), _row(["---", *["---:"] * len(names)])]
     for who, values in record.variants.items():
-        cells = (f"{values[name]:.3g}" if name in values else "" for name in names)
+        cells = (_figure(values[name]) if name in values else "" for name in names)
         lines.append(_row([who, *cells]))
     settings = ", ".join(f"{key} {value}" for key, value in record.settings.items())
     origin = f"{record.date[:10]}, commit {record.commit or 'unknown'}"
     return "\n".join([*lines, "", f"Mean over {record.images} images; {settings}; {origin}."])
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
 
 
 def _latencies(record: Record) -> str:

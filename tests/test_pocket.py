@@ -1,0 +1,118 @@
+"""pocket: the layout that all bases share, and the weights in the box."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fewshot_rt.bases import open_base
+from fewshot_rt.bases.pocket import WEIGHTS, PromptTable
+from fewshot_rt.errors import ConfigError, ModelError
+from fewshot_rt.images import to_model
+from fewshot_rt.sample import sample
+from fewshot_rt.world import VOCABULARY, make_clips
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_sampler_ends_on_the_given_first_frame(tiny_base, steps):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
+    conditions = tiny_base.condition(image) | tiny_base.embed("mask")
+    noise = torch.randn(2, 8, 2, 8, 8, generator=generator)
+    *_, last = sample(
+        lambda x, t: tiny_base.denoiser()(x, t, **conditions),
+        noise,
+        schedule=tiny_base.schedule,
+        steps=steps,
+    )
+    torch.testing.assert_close(last.latents[:, :, :1], conditions["first"])
+
+
+@torch.no_grad()
+def test_the_denoiser_is_diffusers_with_a_clean_first_frame_at_time_zero(tiny_base):
+    """Against the transformer called as the TI2V pipeline does, with a time for each token."""
+    generator = torch.Generator().manual_seed(1)
+    noisy = torch.randn(1, 8, 2, 8, 8, generator=generator)
+    first = torch.randn(1, 8, 1, 8, 8, generator=generator)
+    prompt = tiny_base.embed("mask")["prompt"]
+    mask = torch.ones(1, 1, 2, 8, 8)
+    mask[:, :, 0] = 0
+    latents = (1 - mask) * torch.cat([first, first], dim=2) + mask * noisy
+    time_of_token = (mask[0, 0, :, ::2, ::2] * 700.0).flatten()[None]
+    expected = tiny_base.denoiser().transformer(
+        hidden_states=latents,
+        timestep=time_of_token,
+        encoder_hidden_states=prompt,
+        return_dict=False,
+    )[0]
+    found = tiny_base.denoiser()(noisy, torch.tensor([0.7]), first, prompt)
+    torch.testing.assert_close(found[:, :, 1:], expected[:, :, 1:])
+
+
+def test_unknown_words_say_nothing():
+    table = PromptTable(("", "mask", "edge"), torch.eye(3))
+    assert table.ids("") == [0, 0, 0, 0]
+    assert table.ids("an Edge of the mask") == [2, 1, 0, 0]
+    assert torch.equal(table.embed("nothing known"), table.embed(""))
+
+
+@pytest.mark.parametrize(
+    "name", ["vae/config.json", "transformer/config.json", "prompt/words.json", "vae"]
+)
+def test_a_base_with_missing_files_is_refused(tiny_base_folder, name):
+    path = tiny_base_folder / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ModelError, match="cannot be read"):
+        open_base(str(tiny_base_folder))
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="auto, cpu, cuda"):
+        open_base("pocket", device="abacus")
+
+
+class TestShippedWeights:
+    """What is in the box was pretrained, and small enough to ship."""
+
+    def test_size(self):
+        size = sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file())
+        assert size < 24e6
+
+    def test_words_are_those_of_the_world(self):
+        assert open_base("pocket").prompts.words == VOCABULARY  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def test_the_autoencoder_keeps_a_photograph(self):
+        from skimage.data import coins
+
+        base = open_base("pocket")
+        image = to_model(np.repeat(coins()[:256, :256, None], 3, axis=-1), (128, 128))
+        video = torch.from_numpy(image)[None, :, None].expand(-1, -1, 5, -1, -1)
+        restored = base.decode_last(base.encode(video)).numpy()[0]
+        noise = float(np.square(restored - image).mean())
+        # 32 dB when it was trained; [-1, 1] has a range of 2.
+        assert 10 * np.log10(4 / noise) > 30
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("is_noisy", [True, False])
+    def test_the_denoiser_knows_the_world(self, is_noisy):
+        """On fresh clips it leaves less than 3/4 of what a blind guess (the mean) leaves."""
+        base = open_base("pocket")
+        generator = torch.Generator().manual_seed(123)
+        clips = make_clips(12, size=64, generator=generator, pace="repeat_target", event="focus")
+        clean = base.encode(clips.video)
+        noise = torch.randn(clean.shape, generator=generator) * is_noisy
+        moment = torch.full((len(clean),), 0.6 if is_noisy else 1.0)
+        noisy = base.schedule.noise(clean, noise, moment)
+        prediction = base.denoiser()(noisy, moment, clean[:, :, :1], **base.embed("focus"))
+        found, _ = base.schedule.split(noisy, prediction, moment)
+        error = (found - clean)[:, :, 1:].square().mean()
+        blind = clean[:, :, 1:].var(dim=(0, 2, 3, 4)).mean()
+        assert error < 0.75 * blind
+
+
+def test_weights_in_the_tree_have_a_card():
+    assert "procedural world" in (Path(WEIGHTS) / "README.md").read_text(encoding="utf-8")
