@@ -5,7 +5,6 @@
 
 import importlib
 import json
-import os
 import sys
 
 import click
@@ -60,7 +59,7 @@ def main() -> None:
         status = commands.main(prog_name="fewshot-rt", standalone_mode=False)
     except click.ClickException as error:
         error.show(sys.stderr)
-        status = 2
+        status = _fail(error.format_message(), 2, is_shown=True)
     except ConfigError as error:
         status = _fail(str(error), 2)
     except FewshotError as error:
@@ -71,15 +70,12 @@ def main() -> None:
             "to train, with --resume.",
             1,
         )
-    except BrokenPipeError:
-        # Whoever read our output has left; do not complain again while Python closes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str, status: int) -> int:
-    click.secho(f"error: {message}", fg="red", err=True)
+def _fail(message: str, status: int, *, is_shown: bool = False) -> int:
+    if not is_shown:
+        click.secho(f"error: {message}", fg="red", err=True)
     if "--json" in sys.argv:
         click.echo(json.dumps({"error": message}))
     return status

@@ -94,6 +94,9 @@ def test_wrong_usage_is_2_and_says_what_is_possible(run, words, hint):
     assert status == 2
     assert hint in err
     assert out == ""
+    status, out, _ = run(*words, "--json")
+    assert status == 2
+    assert hint in json.loads(out)["error"]
 
 
 @pytest.mark.parametrize(
