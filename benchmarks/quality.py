@@ -31,12 +31,13 @@ def compare_trainings(
     Raises: DataError, ConfigError, ModelError.
     """
     task = Task.load(pairs)
+    available = len(task.split("train").pairs)
     variants: dict[str, dict[str, float]] = {}
     for name, config in configs.items():
         started = time.monotonic()
         *_, last = fit(pairs, folder / name, config, overwrite=True)
         seconds = time.monotonic() - started
-        chosen = task.shots(config.shots or len(task.split("train").pairs), config.seed)
+        chosen = task.shots(config.shots or available, config.seed)
         result = evaluate(open_run(folder / name), task, known=chosen.pairs)
         figures = {"steps": float(last.step), "training seconds": seconds}
         variants[name] = result.scores.pop("fewshot-rt") | figures
@@ -50,7 +51,7 @@ def compare_trainings(
         reference=reference,
         variants=variants | baselines,
         settings={
-            "pairs": config.shots or len(task.split("train").pairs),
+            "pairs": config.shots or available,
             "base": config.base,
             "seed": config.seed,
             "rank": config.rank,

@@ -1,8 +1,8 @@
 """One pass over a graph: rotary embeddings that write every other value become one interleaving.
 
 diffusers' Wan writes the halves into an empty tensor, out[..., 0::2] = a and out[..., 1::2] = b. As
-a graph of values each write is a scatter between two transposes of the whole tensor: a quarter of
-the time of pocket's denoiser in ONNX Runtime. stack((a, b), -1).flatten(-2) gives the same values.
+a graph of values each write is a scatter between two transposes of the whole tensor, which ONNX
+Runtime runs slowly. stack((a, b), -1).flatten(-2) gives the same values.
 """
 
 from typing import NamedTuple

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import psutil
 
-from .adapter import Adapter, snapshot
+from .adapter import Provenance, snapshot
 from .augment import Augmentation
 from .bases import open_base
 from .config import make
@@ -79,8 +79,8 @@ def fit(
     provenance = make_provenance(base, chosen, config, steps=step.step)
     snapshot(base, provenance).save(folder)
     shown.write(step.step)
-    require_effect(folder, bare, shown.predictor)
-    write_text(folder / "card.md", _card(folder, chosen, config))
+    require_effect(folder, bare, shown.predictor, device=config.device)
+    write_text(folder / "card.md", _card(provenance, log, chosen, config))
     mark_latest(folder)
 
 
@@ -150,7 +150,7 @@ def require_same(folder: Path, task: Task, config: TrainConfig, *, revision: str
         )
 
 
-def require_effect(folder: Path, bare: Floats, trained: Predictor) -> None:
+def require_effect(folder: Path, bare: Floats, trained: Predictor, *, device: str) -> None:
     """Reload a saved run: its adapter must load whole, change the output, and answer as trained.
 
     bare: what the base answered to `probe` without the adapter.
@@ -158,7 +158,7 @@ def require_effect(folder: Path, bare: Floats, trained: Predictor) -> None:
     """
     image = probe(trained)
     expected = trained.answer(image)
-    found = open_run(folder, device=read_run(folder)["train"]["device"]).answer(image)
+    found = open_run(folder, device=device).answer(image)
     if np.array_equal(bare, found):
         raise ModelError("the adapter does not change the output: it was saved without effect.")
     error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
@@ -206,9 +206,8 @@ def _keep_until(log: Path, step: int) -> None:
         write_text(log, "".join(lines[:step]))
 
 
-def _card(folder: Path, task: Task, config: TrainConfig) -> str:
-    origin = Adapter.load(folder).provenance
-    last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+def _card(origin: Provenance, log: Path, task: Task, config: TrainConfig) -> str:
+    last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
     return f"""---
 base_model: {origin.base}
 library_name: peft
@@ -222,7 +221,7 @@ A LoRA adapter for `{origin.base}` (revision {origin.revision}), trained by `few
 {config.rank}, seed {origin.seed}. Last loss {last["loss"]:.4f}.
 
 - Answers are of kind `{task.codec.name}`; judged by {", ".join(task.metrics)}.
-- Use: `fewshot-rt predict IMAGES --model {folder.name}`; or, with diffusers,
+- Use: `fewshot-rt predict IMAGES --model {log.parent.name}`; or, with diffusers,
   `load_lora_weights` on this folder.
 - Versions: {", ".join(f"{k} {v}" for k, v in origin.versions.items())}.
 """

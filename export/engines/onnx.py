@@ -22,8 +22,8 @@ name = "onnx"
 precisions: tuple[str, ...] = ("fp32",)
 suffix = ".onnx"
 
-# The first with whole Attention and RMSNormalization: pocket's denoiser is 5 to 10 % faster on a
-# CPU than with the decomposed ones of opset 18, at the same error.
+# The first with whole Attention and RMSNormalization: on a CPU, pocket's denoiser is a little
+# faster than with the decomposed ones of opset 18, at the same error.
 OPSET = 23
 # A protobuf holds at most 2 GiB, graph included; larger weights go to a file beside it.
 LARGEST_INLINE_BYTES = 1_900_000_000
