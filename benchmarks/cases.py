@@ -7,19 +7,17 @@ Axes: H W pixels.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 from fewshot_rt.errors import DataError, FewshotError
 from fewshot_rt.files import write_text
-from fewshot_rt.images import Pixels, write_image
+from fewshot_rt.images import write_image
+
+from .photographs import coins
 
 TEST_PAIRS = 20
-# Gray levels that are surely background and surely coin in the photograph; smaller spots are dirt.
-COIN_BACKGROUND, COIN_SURFACE, COIN_LEAST_PIXELS = 30, 150, 200
 COINS_SETTINGS = """\
 name = "coins"
 codec = "mask"
@@ -56,33 +54,6 @@ def write_coins(folder: Path, *, pairs: int = 10, size: int = 128, seed: int = 0
             write_image(folder / split / "input" / name, photograph[:, columns][window])
             write_image(folder / split / "target" / name, mask[:, columns][window])
     write_text(folder / "task.toml", COINS_SETTINGS)
-
-
-def coins() -> tuple[Pixels, Pixels]:
-    """Give the photograph of coins and its mask by a classical segmentation.
-
-    The gradient is flooded from pixels that are surely background and surely coin; then holes are
-    filled and specks left out.
-
-    Shapes: both uint8 [H, W]; the mask is 0 and 255.
-    Raises: DataError if scikit-image is not installed.
-    Source: Beucher & Lantuejoul 1979 (watershed of the gradient).
-    """
-    try:
-        from scipy import ndimage
-        from skimage import data, filters, segmentation
-    except ImportError as error:
-        raise DataError(
-            f"the package {error.name!r} is not installed. Install fewshot-rt[demo], "
-            "which has the photographs."
-        ) from error
-    photograph: Pixels = data.coins()
-    seeds = np.where(photograph > COIN_SURFACE, 2, np.where(photograph < COIN_BACKGROUND, 1, 0))
-    flooded = segmentation.watershed(filters.sobel(photograph), seeds) == 2
-    regions, _ = ndimage.label(ndimage.binary_fill_holes(flooded))
-    is_coin: NDArray[Any] = np.bincount(regions.ravel()) >= COIN_LEAST_PIXELS
-    is_coin[0] = False
-    return photograph, np.where(is_coin[regions], 255, 0).astype(np.uint8)
 
 
 def _window(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> tuple[slice, slice]:

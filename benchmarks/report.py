@@ -3,18 +3,23 @@
 <!-- bench:NAME -->
 the table of the case NAME
 <!-- /bench:NAME -->
+
+Of learning, `bench:tasks` is the table of means, `bench:tasks-N` that of all tasks with N pairs.
 """
 
 import re
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from fewshot_rt.errors import DataError
 from fewshot_rt.files import write_text
 
+from .curves import latest_comparison, make_mean_table, make_task_table
+from .markdown import table
 from .record import RESULTS, Record, read_records
 
+LEARNING = "tasks"
 HEADINGS = ("way", "median", "p10", "p90", "images/s", "against {first}", "first call", "parity")
 
 
@@ -25,11 +30,17 @@ def update_document(path: Path, folder: Path = RESULTS) -> list[str]:
     """
     text = path.read_text(encoding="utf-8")
     names = re.findall(r"<!-- bench:([\w-]+) -->", text)
-    latest = {record.case: record for record in read_records(folder)}
+    records = read_records(folder)
+    tables = {record.case: partial(make_table, record) for record in records}
+    together = latest_comparison(records)
+    if together:
+        tables |= {LEARNING: partial(make_mean_table, together)}
+        for shots in {int(record.settings["shots"]) for record in together}:
+            tables[f"{LEARNING}-{shots}"] = partial(make_task_table, together, shots=shots)
     for name in names:
-        if name not in latest:
+        if name not in tables:
             raise DataError(f"{path} marks bench:{name}, but {folder} holds no record of it.")
-        text = replace_block(text, name, make_table(latest[name]))
+        text = replace_block(text, name, tables[name]())
     write_text(path, text)
     return names
 
@@ -55,13 +66,14 @@ def make_table(record: Record) -> str:
 def _qualities(record: Record) -> str:
     """Make a table with a row for each who answered and a column for each metric."""
     names = list(record.variants[record.reference])
-    lines = [_row(["who", *names]), _row(["---", *["---:"] * len(names)])]
-    for who, values in record.variants.items():
-        cells = (_figure(values[name]) if name in values else "" for name in names)
-        lines.append(_row([who, *cells]))
+    rows = [
+        [who, *(_figure(values[name]) if name in values else "" for name in names)]
+        for who, values in record.variants.items()
+    ]
     settings = ", ".join(f"{key} {value}" for key, value in record.settings.items())
     origin = f"{record.date[:10]}, commit {record.commit or 'unknown'}"
-    return "\n".join([*lines, "", f"Mean over {record.images} images; {settings}; {origin}."])
+    caption = f"Mean over {record.images} images; {settings}; {origin}."
+    return f"{table(['who', *names], rows)}\n\n{caption}"
 
 
 def _figure(value: float) -> str:
@@ -71,9 +83,8 @@ def _figure(value: float) -> str:
 def _latencies(record: Record) -> str:
     first = next(iter(record.variants))
     headings = [heading.format(first=first) for heading in HEADINGS]
-    lines = [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)])]
-    lines += [_row(_cells(record, name, first)) for name in record.variants]
-    return "\n".join([*lines, "", _caption(record)])
+    rows = [_cells(record, name, first) for name in record.variants]
+    return f"{table(headings, rows)}\n\n{_caption(record)}"
 
 
 def _cells(record: Record, name: str, first: str) -> list[str]:
@@ -101,10 +112,6 @@ def _caption(record: Record) -> str:
         f"{machine['cores']} cores{gpu}; torch {versions['torch']}, onnxruntime "
         f"{versions['onnxruntime']}; {record.date[:10]}, commit {record.commit or 'unknown'}."
     )
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

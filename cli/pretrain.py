@@ -23,6 +23,11 @@ def command(
 
     Give the command again with the same FOLDER to go on, with more --minutes to go on for longer.
     At every checkpoint FOLDER is a base: fewshot-rt train PAIRS --base FOLDER.
+
+    \b
+    torchrun shares the batch among processes, one to a GPU or to a core:
+    torchrun --standalone --nproc-per-node 2 --local-ranks-filter 0 \\
+        --no-python fewshot-rt pretrain FOLDER
     """
     settings = make_settings(PretrainConfig, config, flags)
     if preview:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .baselines import make_baselines
+from .codecs import Codec
 from .errors import DataError
 from .images import Pixels, montage, read_image, write_image
 from .metrics import measure
@@ -57,16 +58,27 @@ def evaluate(
         write_panel(panel, images, answers["fewshot-rt"], targets)
     scores, spread = {}, {}
     for who, given in answers.items():
-        measured = [
-            measure(answer, target, codec=codec, names=names)
-            for answer, target in zip(given, targets, strict=True)
-        ]
-        scores[who] = {name: float(np.mean([m[name] for m in measured])) for name in names}
-        spread[who] = {name: float(np.std([m[name] for m in measured])) for name in names}
+        scores[who], spread[who] = score(given, targets, codec=codec, names=names)
     is_held_out = not {pair.source.resolve() for pair in pairs} & {
         pair.source.resolve() for pair in learned_from
     }
     return Evaluation(scores, spread, len(images), len(images) / seconds, is_held_out)
+
+
+def score(
+    answers: Sequence[Pixels], targets: Sequence[Pixels], *, codec: Codec, names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Give the mean and the standard deviation of each metric over images.
+
+    Shapes: answers, targets uint8 [H, W] or [H, W, 3], each pair of one size.
+    """
+    measured = [
+        measure(answer, target, codec=codec, names=names)
+        for answer, target in zip(answers, targets, strict=True)
+    ]
+    columns = {name: [values[name] for values in measured] for name in names}
+    mean = {name: float(np.mean(values)) for name, values in columns.items()}
+    return mean, {name: float(np.std(values)) for name, values in columns.items()}
 
 
 def write_panel(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .parallel import average_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class Optimiser:
         Raises: ModelError if it is not a number; the weights are then as before.
         """
         loss.backward()  # type: ignore[no-untyped-call]
+        average_gradients(self.named.values())
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.clip)
         if not torch.isfinite(norm):
             raise ModelError(

@@ -4,17 +4,21 @@ Axes: B batch, H W pixels.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .errors import DataError, FewshotError
-from .images import Floats, Pixels, find_images, read_image, to_model, write_image
+from .errors import DataError, FewshotError, ModelError
+from .images import Pixels, find_images, read_image, to_model, write_image
 from .predictor import Predictor
+from .tiles import Tiling, answer_tiled
 
 THREADS = 4
 AHEAD = 3  # batches read before they are needed
@@ -39,9 +43,61 @@ class Answered:
 
 @dataclass(frozen=True)
 class _Loaded:
-    job: Job
+    """An image as its way wants it, and its own size (H, W)."""
+
+    values: NDArray[Any]
     size: tuple[int, int]
-    pixels: Floats
+
+
+class _Way(Protocol):
+    """How images become answers: loaded and finished by threads, answered a few at a time."""
+
+    @property
+    def images(self) -> int:
+        """Say how many images are answered at once."""
+
+    def load(self, pixels: Pixels) -> _Loaded:
+        """Make an image ready. Shapes: uint8 [H, W, 3]."""
+
+    def answer(self, loaded: list[_Loaded]) -> list[Callable[[], Pixels]]:
+        """Run the model; give what is left to do to each answer."""
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Every image is resized to the model's size, and its answer back."""
+
+    predictor: Predictor
+
+    @property
+    def images(self) -> int:
+        return self.predictor.recipe.batch
+
+    def load(self, pixels: Pixels) -> _Loaded:
+        height, width = pixels.shape[:2]
+        return _Loaded(to_model(pixels, self.predictor.recipe.size), (height, width))
+
+    def answer(self, loaded: list[_Loaded]) -> list[Callable[[], Pixels]]:
+        answers = self.predictor.answer(np.stack([item.values for item in loaded]))
+        decode = self.predictor.recipe.codec.decode
+        return [partial(decode, a, item.size) for a, item in zip(answers, loaded, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Tiled:
+    """Every image is answered by windows, which fill the batches: one image at a time."""
+
+    predictor: Predictor
+    tiling: Tiling
+    images: int = 1
+
+    def load(self, pixels: Pixels) -> _Loaded:
+        height, width = pixels.shape[:2]
+        return _Loaded(pixels, (height, width))
+
+    def answer(self, loaded: list[_Loaded]) -> list[Callable[[], Pixels]]:
+        answers = [answer_tiled(self.predictor, i.values, tiling=self.tiling) for i in loaded]
+        return [partial(np.asarray, answer) for answer in answers]
 
 
 def plan(source: Path, out: Path) -> list[Job]:
@@ -97,48 +153,60 @@ def _folded(path: Path) -> str:
 
 
 def predict(
-    predictor: Predictor, jobs: Iterable[Job], *, overwrite: bool = False
+    predictor: Predictor,
+    jobs: Iterable[Job],
+    *,
+    overwrite: bool = False,
+    tiling: Tiling | None = None,
 ) -> Iterator[Answered]:
     """Answer images and write the answers, yielding each as it is settled.
 
     An answer that is there is kept unless `overwrite`. An image that cannot be read or an answer
     that cannot be written is yielded as failed, and the rest goes on.
+
+    tiling: answer by windows at each image's own resolution, as `answer_tiled` does; without it,
+    images are resized to the model's size.
     """
+    way = _way(predictor, tiling)
+    todo = iter(jobs)
     waiting: deque[tuple[list[Job], list[Future[_Loaded]]]] = deque()
     writing: deque[tuple[Job, Future[None]]] = deque()
-    todo = iter(jobs)
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             while True:
                 while len(waiting) < AHEAD:
-                    batch, kept = _next_batch(todo, predictor.recipe.batch, overwrite=overwrite)
+                    batch, kept = _next_batch(todo, way.images, overwrite=overwrite)
                     yield from (Answered(job, "kept") for job in kept)
                     if not batch:
                         break
-                    reads = [pool.submit(_load, job, predictor.recipe.size) for job in batch]
-                    waiting.append((batch, reads))
+                    waiting.append((batch, [pool.submit(_load, way, job) for job in batch]))
                 if not waiting:
                     break
-                yield from _answer_batch(predictor, *waiting.popleft(), pool, writing)
-                yield from _settled(writing, leave=2 * predictor.recipe.batch)
+                yield from _answer_batch(way, *waiting.popleft(), pool, writing)
+                yield from _settled(writing, leave=2 * way.images)
             yield from _settled(writing, leave=0)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def answer_images(predictor: Predictor, images: Sequence[Pixels]) -> list[Pixels]:
+def answer_images(
+    predictor: Predictor, images: Sequence[Pixels], *, tiling: Tiling | None = None
+) -> list[Pixels]:
     """Answer images in memory, each at its own size, in batches.
 
+    tiling: as for `predict`.
     Shapes: images uint8 [H, W, 3]; results uint8 [H, W] or [H, W, 3], as the codec writes them.
     """
+    way = _way(predictor, tiling)
     answers: list[Pixels] = []
-    for start in range(0, len(images), predictor.recipe.batch):
-        chunk = images[start : start + predictor.recipe.batch]
-        ready = np.stack([to_model(pixels, predictor.recipe.size) for pixels in chunk])
-        for pixels, answer in zip(chunk, predictor.answer(ready), strict=True):
-            height, width = pixels.shape[:2]
-            answers.append(predictor.recipe.codec.decode(answer, (height, width)))
+    for start in range(0, len(images), way.images):
+        loaded = [way.load(pixels) for pixels in images[start : start + way.images]]
+        answers += [finish() for finish in way.answer(loaded)]
     return answers
+
+
+def _way(predictor: Predictor, tiling: Tiling | None) -> _Way:
+    return _Whole(predictor) if tiling is None else _Tiled(predictor, tiling)
 
 
 def _next_batch(todo: Iterator[Job], count: int, *, overwrite: bool) -> tuple[list[Job], list[Job]]:
@@ -154,35 +222,39 @@ def _next_batch(todo: Iterator[Job], count: int, *, overwrite: bool) -> tuple[li
     return batch, kept
 
 
-def _load(job: Job, size: tuple[int, int]) -> _Loaded:
-    pixels = read_image(job.source)
-    height, width = pixels.shape[:2]
-    return _Loaded(job, (height, width), to_model(pixels, size))
+def _load(way: _Way, job: Job) -> _Loaded:
+    return way.load(read_image(job.source))
 
 
 def _answer_batch(
-    predictor: Predictor,
+    way: _Way,
     batch: list[Job],
-    reads: list["Future[_Loaded]"],
+    reads: "list[Future[_Loaded]]",
     pool: ThreadPoolExecutor,
     writing: "deque[tuple[Job, Future[None]]]",
 ) -> Iterator[Answered]:
     loaded: list[_Loaded] = []
+    ready: list[Job] = []
     for job, read in zip(batch, reads, strict=True):
         try:
             loaded.append(read.result())
+            ready.append(job)
         # The border of one image: whatever is wrong with it, the others go on.
         except (FewshotError, OSError, ValueError, MemoryError) as error:
             yield Answered(job, "failed", str(error))
     if not loaded:
         return
-    answers = predictor.answer(np.stack([item.pixels for item in loaded]))
-    for item, answer in zip(loaded, answers, strict=True):
-        writing.append((item.job, pool.submit(_write, predictor, item, answer)))
+    try:
+        finishes = way.answer(loaded)
+    except ModelError as error:
+        yield from (Answered(job, "failed", str(error)) for job in ready)
+        return
+    for job, finish in zip(ready, finishes, strict=True):
+        writing.append((job, pool.submit(_write, job, finish)))
 
 
-def _write(predictor: Predictor, item: _Loaded, answer: Floats) -> None:
-    write_image(item.job.answer, predictor.recipe.codec.decode(answer, item.size))
+def _write(job: Job, finish: Callable[[], Pixels]) -> None:
+    write_image(job.answer, finish())
 
 
 def _settled(writing: "deque[tuple[Job, Future[None]]]", *, leave: int) -> Iterator[Answered]:

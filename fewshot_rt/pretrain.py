@@ -3,31 +3,31 @@
 Axes: B batch, C channels, T frames, H W pixels, F latent frames, h w latent grid.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .autoencoder import AutoencoderConfig, TinyVideoAutoencoder
-from .bases.pocket import PROMPT_WORDS, TRANSFORMER, WEIGHT_FILE, PocketDenoiser, open_base
+from .base_files import write_base
+from .bases.pocket import PROMPT_WORDS, TRANSFORMER, PocketDenoiser, open_base
 from .config import to_dict
 from .device import arithmetic, pick_device
-from .files import whole, write_json, write_text
-from .images import montage, to_uint8, write_image
+from .errors import ModelError
 from .optimise import Optimiser, Pace
+from .parallel import agree, join, leave
 from .pretrain_config import PretrainConfig
-from .sample import sample
+from .pretrain_panels import append_loss, draw_losses, write_samples
+from .replay import Replay
 from .schedule import Schedule
 from .state import load_state, save_state, uninterrupted
-from .world import VOCABULARY, make_clips
+from .world import VOCABULARY, Clips, make_clips
 
 FRAMES = 5
 STAGES = ("autoencoder", "denoiser")
@@ -52,7 +52,7 @@ class _Clock:
     spent: dict[str, float]
 
     def progress(self, stage: str, config: PretrainConfig) -> float:
-        share = config.autoencoder_share
+        share = 0.0 if config.autoencoder else config.autoencoder_share
         share = share if stage == "autoencoder" else 1 - share
         budget = 60 * config.minutes * share
         return self.spent[stage] / budget if budget else 1.0
@@ -65,8 +65,11 @@ def pretrain(config: PretrainConfig, folder: Path) -> Iterator[PretrainStep]:
     autoencoder's stage the folder is then a base that `train --base FOLDER` takes.
     Raises: ModelError if the folder holds a run with other sizes, or a gradient is no number.
     """
-    run = _Run(replace(config, device=pick_device(config.device)), folder)
+    config = replace(config, device=pick_device(config.device))
+    rank, count = join(config.device)
+    run = _Run(config, folder, rank=rank, processes=count)
     run.resume()
+    run.part_ways()
     try:
         for stage in STAGES:
             # Once its latents are measured, the autoencoder is frozen: the denoiser learns them.
@@ -76,19 +79,22 @@ def pretrain(config: PretrainConfig, folder: Path) -> Iterator[PretrainStep]:
     finally:
         with uninterrupted():
             run.save()
+        leave()
 
 
 def _train_stage(run: "_Run", stage: str) -> Iterator[PretrainStep]:
     config = run.config
     last_save = time.monotonic()
-    while (progress := run.clock.progress(stage, config)) < 1:
+    while (progress := agree(run.clock.progress(stage, config))) < 1:
         started = time.monotonic()
         with uninterrupted():
             loss, clips = run.step(stage, progress)
         seconds = time.monotonic() - started
         run.clock.spent[stage] += seconds
         count = run.optimisers[stage].step_count
-        yield PretrainStep(stage, count, loss, progress, seconds, clips / seconds)
+        step = PretrainStep(stage, count, loss, progress, seconds, clips / seconds)
+        run.note(step)
+        yield step
         if time.monotonic() - last_save > 60 * config.save_minutes:
             run.save()
             last_save = time.monotonic()
@@ -97,16 +103,16 @@ def _train_stage(run: "_Run", stage: str) -> Iterator[PretrainStep]:
 class _Run:
     """The networks, their optimisers, and how they are saved."""
 
-    def __init__(self, config: PretrainConfig, folder: Path) -> None:
+    def __init__(self, config: PretrainConfig, folder: Path, *, rank: int, processes: int) -> None:
         torch.manual_seed(config.seed)
         self.config, self.folder = config, folder
+        self.rank, self.processes = rank, processes
         self.clock = _Clock(dict.fromkeys(STAGES, 0.0))
         self.generator = torch.Generator(config.device).manual_seed(config.seed)
         self.schedule = Schedule(kind="flow")
-        self.autoencoder = TinyVideoAutoencoder(AutoencoderConfig()).to(config.device)
-        fit_on = make_clips(64, size=config.native // 2, generator=self.generator, frames=2)
-        self.autoencoder.fit_shortcut(fit_on.video.transpose(1, 2).flatten(0, 1))
-        self.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.taken_from = ""
+        self.autoencoder = self._make_autoencoder()
+        self.replay = Replay()
         self.transformer_config = TRANSFORMER | {
             "num_layers": config.layers,
             "num_attention_heads": config.heads,
@@ -117,6 +123,26 @@ class _Run:
         self._predict: Callable[..., Tensor] = (
             torch.compile(self.denoiser, dynamic=False) if config.compile else self.denoiser
         )
+
+    def _make_autoencoder(self) -> TinyVideoAutoencoder:
+        """Take that of another base, or begin with principal components of the world."""
+        config = self.config
+        if config.autoencoder:
+            taken = open_base(config.autoencoder, device=config.device)
+            self.taken_from = f"{taken.name}, revision {taken.revision}"
+            autoencoder: TinyVideoAutoencoder = taken.autoencoder
+            channels = autoencoder.config.latent_channels
+            if channels != TRANSFORMER["out_channels"]:
+                raise ModelError(
+                    f"the autoencoder of {config.autoencoder} has {channels} channels, and the "
+                    f"denoiser is made for {TRANSFORMER['out_channels']} channels. Take another."
+                )
+        else:
+            autoencoder = TinyVideoAutoencoder(AutoencoderConfig()).to(config.device)
+            fit_on = make_clips(64, size=config.native // 2, generator=self.generator, frames=2)
+            autoencoder.fit_shortcut(fit_on.video.transpose(1, 2).flatten(0, 1))
+        autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return autoencoder
 
     def _optimisers(self) -> dict[str, Optimiser]:
         config = self.config
@@ -139,14 +165,27 @@ class _Run:
         """Do one step; give the loss and the number of clips."""
         at_native = stage == "denoiser" and progress >= self.config.half_share
         size = self.config.native if at_native else self.config.native // 2
-        batch = self.config.batch // 4 if at_native or stage == "autoencoder" else self.config.batch
-        clips = make_clips(batch, size=size, frames=FRAMES, generator=self.generator)
+        quarter = at_native or stage == "autoencoder"
+        batch = max(1, self.config.batch // (4 if quarter else 1) // self.processes)
         with arithmetic(torch.device(self.config.device), "auto"):
-            loss = self._reconstruction(clips.video) if stage == "autoencoder" else None
-            if loss is None:
-                loss = self._denoising(clips.video, clips.words)
+            if stage == "autoencoder":
+                loss = self._reconstruction(self._clips(batch, size).video)
+            else:
+                self._refill(batch, size)
+                loss = self._denoising(*self.replay.draw(batch, self.generator))
         self.optimisers[stage].step(loss, progress=progress)
-        return float(loss.detach()), batch
+        return float(loss.detach()), batch * self.processes
+
+    def _clips(self, count: int, size: int) -> Clips:
+        return make_clips(count, size=size, frames=FRAMES, generator=self.generator)
+
+    @torch.no_grad()
+    def _refill(self, batch: int, size: int) -> None:
+        """Make as many new clips as a step uses up; some more at first."""
+        grid = size // self.autoencoder.config.space_factor
+        count = 4 * batch if self.replay.lacks(grid) else -(-batch // self.config.repeats)
+        clips = self._clips(count, size)
+        self.replay.add(self.autoencoder.encode(clips.video).float(), clips.words)
 
     def _reconstruction(self, video: Tensor) -> Tensor:
         """Absolute error of pixels and of their differences, with a little noise on latents."""
@@ -158,14 +197,12 @@ class _Run:
         spread = functional.relu(latents.float().abs() - 2).square().mean()
         return error.abs().mean() + 0.5 * edges + 0.1 * spread
 
-    def _denoising(self, video: Tensor, words: Tensor) -> Tensor:
+    def _denoising(self, latents: Tensor, words: Tensor) -> Tensor:
         """The flow-matching loss on the frames after the first.
 
         A share of the clips is at pure noise, half of these with the noise left out: the state from
         which one-step adapters start.
         """
-        with torch.no_grad():
-            latents = self.autoencoder.encode(video).float()
         batch, device = latents.shape[0], latents.device
         draw = torch.rand((3, batch), generator=self.generator, device=device)
         normal = torch.randn((batch,), generator=self.generator, device=device)
@@ -222,8 +259,22 @@ class _Run:
         self.clock.spent.update(state["spent"])
         self.generator.set_state(state["generator"])
 
+    def part_ways(self) -> None:
+        """Let every process but the first draw other clips than it does."""
+        if self.rank:
+            count = self.optimisers["denoiser"].step_count
+            seed = 1000 * (self.config.seed + 1) * (count + 1) + self.rank
+            self.generator.manual_seed(seed)
+
+    def note(self, step: PretrainStep) -> None:
+        """Keep every tenth step for the curve of losses."""
+        if self.rank == 0 and step.step % 10 == 0:
+            append_loss(self.folder, asdict(step))
+
     def save(self) -> None:
         """Write the state, the base as it is now (averaged weights), and a panel of samples."""
+        if self.rank:
+            return
         config = self.autoencoder.config
         state = {
             "autoencoder": self.autoencoder.state_dict(),
@@ -235,39 +286,35 @@ class _Run:
             "generator": self.generator.get_state(),
         }
         save_state(self.folder / "state" / "pretrain.pt", state)
+        draw_losses(self.folder, self.folder / "panels" / "losses.png")
         if config.latents_std:
             self._write_base()
-            _write_panel(self.folder, steps=self.optimisers["denoiser"].step_count)
+            steps = self.optimisers["denoiser"].step_count
+            write_samples(self.folder, self.folder / "panels" / f"{steps:06d}.png")
 
     def _write_base(self) -> None:
-        """Write the averaged weights as a diffusers-format folder in fp16."""
-        config = self.config
+        """Write the averaged weights as a base."""
         averaged = dict(self.optimisers["denoiser"].averaged())
         words = averaged.pop("words.weight")
         prefix = "denoiser.transformer."
         # Buffers (none are saved by this family) stay in the module itself.
         weights = {name.removeprefix(prefix): value for name, value in averaged.items()}
-        _write_weights(self.folder / "transformer" / WEIGHT_FILE, weights)
-        _write_weights(self.folder / "vae" / WEIGHT_FILE, self.autoencoder.state_dict())
-        _write_weights(self.folder / "prompt" / "embeddings.safetensors", {"embeddings": words})
-        write_json(self.folder / "prompt" / "words.json", list(VOCABULARY))
-        write_json(self.folder / "vae" / "config.json", self.autoencoder.config.to_dict())
-        write_json(
-            self.folder / "transformer" / "config.json",
-            {"_class_name": "WanTransformer3DModel"} | self.transformer_config,
+        write_base(
+            self.folder,
+            weights=weights,
+            transformer=self.transformer_config,
+            autoencoder=self.autoencoder,
+            words=words,
+            index={
+                "name": self.config.name,
+                "native": [self.config.native, self.config.native],
+                "licence": "Apache-2.0",
+                "autoencoder_from": self.taken_from,
+                "steps": {name: o.step_count for name, o in self.optimisers.items()},
+                "minutes": {n: round(value / 60, 1) for n, value in self.clock.spent.items()},
+                "settings": to_dict(self.config),
+            },
         )
-        steps = {name: o.step_count for name, o in self.optimisers.items()}
-        index = {
-            "name": config.name,
-            "revision": _digest(weights | self.autoencoder.state_dict() | {"words": words}),
-            "native": [config.native, config.native],
-            "licence": "Apache-2.0",
-            "steps": steps,
-            "minutes": {name: round(value / 60, 1) for name, value in self.clock.spent.items()},
-            "settings": to_dict(config),
-        }
-        write_json(self.folder / "model_index.json", index)
-        write_text(self.folder / "README.md", _card(index))
 
 
 class _WordDenoiser(nn.Module):
@@ -290,78 +337,3 @@ def _take(module: nn.Module, weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(weights[name])
-
-
-def _write_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    with whole(path) as temporary:
-        save_file({k: v.detach().cpu().half().contiguous() for k, v in weights.items()}, temporary)
-
-
-def _digest(weights: dict[str, Tensor]) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(weights[name].detach().cpu().half().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-@torch.no_grad()
-def _write_panel(folder: Path, *, steps: int) -> None:
-    """Show for a few events: first frame | what one step and four steps make of it | last frame."""
-    base = open_base(str(folder))
-    generator = torch.Generator().manual_seed(7)
-    rows = []
-    for event in ("silhouette", "outline", "depth", "labels", "mirror", "vanish", "drain", "focus"):
-        size = base.geometry.native[0]
-        video = make_clips(
-            1, size=size, generator=generator, event=event, pace="repeat_target"
-        ).video
-        conditions = base.condition(video[:, :, 0]) | base.embed(event)
-        latents = base.encode(video)
-        answers = [
-            _answer(base, torch.zeros_like(latents), conditions, steps=1),
-            _answer(base, torch.randn(latents.shape, generator=generator), conditions, steps=4),
-            base.decode_last(latents),
-        ]
-        pictures = [video[:, :, 0], *answers, video[:, :, -1]]
-        rows.append([to_uint8(p[0].numpy().transpose(1, 2, 0)) for p in pictures])
-    headings = ["first", "1 step", "4 steps", "autoencoder", "last"]
-    write_image(folder / "panels" / f"{steps:06d}.png", montage(rows, headings=headings))
-
-
-def _answer(base: Any, noise: Tensor, conditions: dict[str, Tensor], *, steps: int) -> Tensor:
-    denoiser = base.denoiser()
-    *_, last = sample(
-        lambda x, t: denoiser(x, t, **conditions), noise, schedule=base.schedule, steps=steps
-    )
-    answer: Tensor = base.decode_last(last.latents)
-    return answer
-
-
-def _card(index: dict[str, Any]) -> str:
-    minutes, steps, settings = index["minutes"], index["steps"], index["settings"]
-    return f"""---
-license: apache-2.0
-library_name: diffusers
-tags: [image-to-video, few-shot, fewshot-rt]
----
-
-# {index["name"]} (revision {index["revision"]})
-
-A small image-to-video diffusion model for few-shot adapters, made by `fewshot-rt pretrain`: the
-transformer of the Wan TI2V family (clean first frame at time 0, flow matching) over the latents of
-a tiny frame-wise video autoencoder. Native size {index["native"][0]}x{index["native"][1]}, 5 or 9
-frames.
-
-- **Data**: only the procedural world of `fewshot_rt.world` ({len(VOCABULARY) - 1} events); no
-  photographs, no downloaded data.
-- **Training**: autoencoder {steps["autoencoder"]} steps in {minutes["autoencoder"]} minutes,
-  denoiser {steps["denoiser"]} steps in {minutes["denoiser"]} minutes on {settings["device"]}; batch
-  {settings["batch"]} at half size, then {settings["batch"] // 4} at native size.
-- **Prompts**: the words in `prompt/words.json`; all others say nothing.
-- **Use**: adapters from a few pairs. By itself it is a toy.
-- **Kept out on purpose**: vertical flip, jigsaw, keypoints.
-
-Settings: `{json.dumps(settings)}`
-"""

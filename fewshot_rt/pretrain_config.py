@@ -12,11 +12,13 @@ class PretrainConfig:
 
     name: str = option("pocket", "name of the base, kept in its files and in every adapter")
     minutes: float = option(60.0, "time for the whole run, resumed parts included")
+    autoencoder: str | None = option(None, "base whose autoencoder is taken; none is trained then")
     autoencoder_share: float = option(0.15, "share of the time that trains the autoencoder")
-    batch: int = option(64, "clips a step at half size; a quarter of it at native size")
+    batch: int = option(32, "clips a step at half size; a quarter of it at native size")
     native: int = option(128, "height and width of the images")
+    repeats: int = option(4, "steps that a clip is drawn for; making clips takes time too")
     half_share: float = option(0.65, "share of the denoiser's time at half size")
-    rate: float = option(0.002, "learning rate of the denoiser")
+    rate: float = option(0.003, "learning rate of the denoiser")
     autoencoder_rate: float = option(0.001, "learning rate of the autoencoder")
     silent_words: float = option(0.3, "share of clips whose event is not named")
     pure_noise: float = option(0.4, "share of clips at time 1; half of these with zero noise")
@@ -34,7 +36,9 @@ class PretrainConfig:
         for name in ("minutes", "rate", "autoencoder_rate", "save_minutes"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.batch < 4 or self.layers < 1 or self.heads < 1 or self.seed < 0:
-            raise ConfigError("batch must be at least 4, layers and heads 1, the seed 0")
+        if self.batch < 4 or min(self.repeats, self.layers, self.heads) < 1 or self.seed < 0:
+            raise ConfigError(
+                "batch must be at least 4, repeats, layers and heads 1, and the seed 0"
+            )
         if self.native < 32 or self.native % 16:
             raise ConfigError(f"native must be a multiple of 16 from 32 on, not {self.native}")

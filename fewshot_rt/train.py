@@ -6,11 +6,12 @@ Axes: B batch, C channels, F latent frames, h w latent grid.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .adapter import Provenance, add_lora
@@ -39,16 +40,26 @@ class TrainStep:
     gradient_norm: float
 
 
+Trainable = Callable[[Base], list[tuple[str, nn.Parameter]]]
+
+
 def train(
-    base: Base, task: Task, config: TrainConfig, folder: Path, *, cache: Path
+    base: Base,
+    task: Task,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    cache: Path,
+    trainable: Trainable | None = None,
 ) -> Iterator[TrainStep]:
     """Train an adapter on the pairs of a task and leave it attached to the base.
 
+    trainable: gives the parameters to train, by name, in place of a fresh adapter's.
     Goes on from the state in the folder, if there is one; saves it every so often, at the end, and
     when the loop is left early (Ctrl-C). Step 0 is yielded before the first update.
     Raises: ModelError if the gradient stops being a number.
     """
-    loop = _Loop(base, task, config, cache)
+    loop = _Loop(base, task, config, cache, trainable)
     loop.resume(folder / STATE_FILE)
     yield TrainStep(loop.step_count, float("nan"), loop.progress(), loop.seconds_left(), 0.0)
     saved = time.monotonic()
@@ -84,7 +95,14 @@ def make_provenance(base: Base, task: Task, config: TrainConfig, *, steps: int) 
 class _Loop:
     """The adapter, its optimiser and its data, and how they are saved."""
 
-    def __init__(self, base: Base, task: Task, config: TrainConfig, cache: Path) -> None:
+    def __init__(
+        self,
+        base: Base,
+        task: Task,
+        config: TrainConfig,
+        cache: Path,
+        trainable: Trainable | None,
+    ) -> None:
         self.base, self.config = base, config
         encoded = encode_task(
             base,
@@ -97,8 +115,9 @@ class _Loop:
         )
         self.encoded = {name: value.to(base.device) for name, value in encoded.items()}
         self.prompt = base.embed(task.prompt)
+        adapter = partial(add_lora, rank=config.rank, alpha=config.alpha, seed=config.seed)
         self.optimiser = Optimiser(
-            add_lora(base, rank=config.rank, alpha=config.alpha, seed=config.seed),
+            (trainable or adapter)(base),
             pace=Pace(rate=config.rate, warmup=config.warmup, decay=0.3),
             clip=config.clip,
             average=config.average,

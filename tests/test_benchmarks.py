@@ -145,8 +145,8 @@ def test_flops_grow_with_steps_and_batch_and_hold_the_attention(tiny_base: Any) 
     assert flops(steps=3, batch=1) - two == two - one > 0
     # The prompt is repeated over the batch, so all of the work is per image.
     assert flops(steps=2, batch=2) == 2 * two
-    # One layer, 32 tokens: q, k, v, out of self-attention; q, out of cross-attention; feed-forward.
-    tokens, width, hidden = 2 * 4 * 4, 64, 64
+    # One layer, 16 tokens: q, k, v, out of self-attention; q, out of cross-attention; feed-forward.
+    tokens, width, hidden = 4 * 4, 64, 64
     linear = 2 * tokens * width * (6 * width + 2 * hidden)
     attention = 2 * 2 * tokens * width * (tokens + 4)
     assert linear + attention < two - one < 3 * (linear + attention)

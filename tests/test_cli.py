@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from fewshot_rt.bases.pocket import WEIGHTS
 from fewshot_rt.cli.main import COMMANDS
 from fewshot_rt.images import read_image, write_image
 
@@ -51,6 +54,19 @@ def test_bundle_and_run_give_the_same_answers(exported):
         assert (other != third).mean() < 0.01
 
 
+def test_tiles_keep_the_size_and_change_nothing_in_one_window(exported):
+    write_image(Path("large/wide.png"), np.zeros((50, 90, 3), np.uint8))
+    status, out, err = exported("predict", "large", "--tile", "--overlap", 0.5, "--json")
+    assert status == 0, err
+    assert json.loads(out)["tiling"] == {"overlap": 0.5}
+    assert read_image(Path("answers/wide.png")).shape == (50, 90, 3)
+    exported("predict", IMAGES, "--out", "whole")
+    _, out, _ = exported("predict", IMAGES, "--out", "tiled", "--tile", "--json")
+    assert json.loads(out)["tiling"] == {"overlap": 0.25}
+    for name in ("3.png", "4.png"):
+        assert Path("whole", name).read_bytes() == Path("tiled", name).read_bytes()
+
+
 def test_newer_training_comes_before_an_older_bundle(exported):
     assert exported("train", PAIRS, "--resume", "--steps", 4)[0] == 0
     _, out, _ = exported("predict", IMAGES, "--json")
@@ -86,7 +102,14 @@ def test_help_of_all_is_quick_and_names_every_command():
         (["train", "pairs", "--config", "no.toml"], "cannot be read"),
         (["train", "pairs", "--device", "banana"], "cpu, cuda"),
         (["pretrain", "x", "--device", "tpu"], "cpu, cuda"),
+        (["bench", "tasks", "--tasks", "coins"], "coin-masks"),
+        (["bench", "tasks", "--shots", "1,x"], "1,3,10"),
+        (["bench", "tasks", "--shots", "0"], "below 1"),
+        (["bench", "tasks", "--methods", "unet"], "u-net"),
         (["train", "pairs", "--augment", "flip"], "Did you mean 'flips'"),
+        (["predict", "pairs", "--overlap", "0.5"], "give --tile"),
+        (["predict", "pairs", "--tile", "--overlap", "32"], "Give 0 to 0.75"),
+        (["predict", "pairs", "--tile", "--overlap", "-0.1"], "Give 0 to 0.75"),
     ],
 )
 def test_wrong_usage_is_2_and_says_what_is_possible(run, words, hint):
@@ -261,6 +284,53 @@ def test_pretrain_makes_a_base_and_goes_on(run, tmp_path):
     status, _, err = run(*words, "--heads", 2, "--minutes", 0.1)
     assert status == 1
     assert "other sizes" in err
+
+
+def test_pretrain_takes_the_autoencoder_of_another_base(run, workshop):
+    words = ["pretrain", "taken", "--layers", 1, "--heads", 1, "--native", 32, "--batch", 8]
+    words += ["--no-compile", "--json", "--minutes", 0.03]
+    status, _, err = run(*words, "--autoencoder", "nowhere")
+    assert status == 1
+    assert "nowhere" in err
+    # The tiny base has 8 latent channels, and pocket's transformer is made for 12.
+    status, _, err = run(*words, "--autoencoder", "base")
+    assert status == 1
+    assert "12 channels" in err
+    status, out, err = run(*words, "--autoencoder", "pocket")
+    assert status == 0, err
+    assert json.loads(out)["steps"]["autoencoder"] == 0
+    own, taken = (
+        load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+        for folder in (WEIGHTS, Path("taken"))
+    )
+    assert all(torch.equal(own[name], taken[name]) for name in own)
+
+
+def test_bench_tasks_goes_on_and_draws_its_tables(run, workshop):
+    words = ["bench", "tasks", "--tasks", "coin-masks,denoising", "--shots", "1,2", "--seeds", 0]
+    words += ["--base", "base", "--size", 32, "--steps", 2, "--unet-steps", 2, "--test", 2]
+    status, out, err = run(*words, "--results", "results", "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["cells"] == 4
+    assert "| pocket |" in result["mean"]
+    assert "| denoising | psnr |" in result["tables"]["2"]
+    assert Path("results/tasks.png").is_file()
+    (records,) = Path("results").glob("*.jsonl")
+    written = records.read_text()
+    assert len(written.splitlines()) == 4
+    status, out, _ = run(*words, "--results", "results", "--json")
+    assert json.loads(out) == result
+    assert records.read_text() == written
+
+
+def test_bench_without_a_name_is_latency(run):
+    assert run("bench", "no-such-run")[0] == 1
+    assert run("bench", "--rounds", "0")[0] == 2
+    status, out, _ = run("bench", "--help")
+    assert status == 0
+    assert "latency" in out
+    assert "tasks" in out
 
 
 def test_world_preview_is_a_moving_picture(run, tmp_path):

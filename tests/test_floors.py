@@ -34,8 +34,10 @@ OPTIONAL = {
     "tensorrt": "export/engines/trt.py",
     "triton": "kernels/*.py",
     "ray": "*/ray.py",
-    "skimage": "benchmarks/cases.py",
-    "scipy": "benchmarks/cases.py",
+    "skimage": "benchmarks/*.py",
+    "scipy": "benchmarks/*.py",
+    "sklearn": "benchmarks/forest.py",
+    "matplotlib": "benchmarks/curves.py",
 }
 HEAVY = {"torch", "diffusers", "transformers", "peft"} | set(OPTIONAL)
 # What `predict` with a bundle needs, and what the command line loads before it knows the command.
@@ -51,6 +53,7 @@ LIGHT = (
     "fewshot_rt.export.bundle",
     "fewshot_rt.export.engines.onnx",
     "fewshot_rt.benchmarks.cases",
+    "fewshot_rt.benchmarks.tasks",
     "fewshot_rt.cli.main",
     "fewshot_rt.cli.predict",
 )

@@ -32,24 +32,21 @@ def test_the_sampler_ends_on_the_given_first_frame(tiny_base, steps):
 
 
 @torch.no_grad()
-def test_the_denoiser_is_diffusers_with_a_clean_first_frame_at_time_zero(tiny_base):
-    """Against the transformer called as the TI2V pipeline does, with a time for each token."""
+def test_the_denoiser_is_diffusers_on_later_frames_with_the_first_as_channels(tiny_base):
+    """Against the transformer called as the Wan image-to-video pipeline does, frame by frame."""
     generator = torch.Generator().manual_seed(1)
-    noisy = torch.randn(1, 8, 2, 8, 8, generator=generator)
-    first = torch.randn(1, 8, 1, 8, 8, generator=generator)
+    noisy = torch.randn(2, 8, 3, 8, 8, generator=generator)
+    first = torch.randn(2, 8, 1, 8, 8, generator=generator)
     prompt = tiny_base.embed("mask")["prompt"]
-    mask = torch.ones(1, 1, 2, 8, 8)
-    mask[:, :, 0] = 0
-    latents = (1 - mask) * torch.cat([first, first], dim=2) + mask * noisy
-    time_of_token = (mask[0, 0, :, ::2, ::2] * 700.0).flatten()[None]
+    beside = torch.cat([noisy[:, :, 1:], torch.cat([first, first], dim=2)], dim=1)
     expected = tiny_base.denoiser().transformer(
-        hidden_states=latents,
-        timestep=time_of_token,
-        encoder_hidden_states=prompt,
+        hidden_states=beside,
+        timestep=torch.tensor([700.0, 300.0]),
+        encoder_hidden_states=torch.cat([prompt, prompt]),
         return_dict=False,
     )[0]
-    found = tiny_base.denoiser()(noisy, torch.tensor([0.7]), first, prompt)
-    torch.testing.assert_close(found[:, :, 1:], expected[:, :, 1:])
+    found = tiny_base.denoiser()(noisy, torch.tensor([0.7, 0.3]), first, prompt)
+    torch.testing.assert_close(found[:, :, 1:], expected)
 
 
 def test_unknown_words_say_nothing():

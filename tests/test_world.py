@@ -7,8 +7,19 @@ from torch import Tensor
 from fewshot_rt.transition import WEIGHTS
 from fewshot_rt.world import VOCABULARY, Clips, make_clips
 from fewshot_rt.world.events import EVENTS, OFTEN
+from fewshot_rt.world.ground import lay_ground
 from fewshot_rt.world.render import render
-from fewshot_rt.world.scene import Dice, Scene, blend, coloured_noise, draw_scene
+from fewshot_rt.world.scene import (
+    FAMILIES,
+    GROUNDS,
+    LAYERS,
+    Dice,
+    Scene,
+    blend,
+    coloured_noise,
+    draw_scene,
+)
+from fewshot_rt.world.shapes import outline
 
 SIZE = 32
 
@@ -110,6 +121,7 @@ def test_negative_negates() -> None:
 def test_drain_leaves_one_value_and_brightness() -> None:
     scene, _ = happening("drain")
     scene |= {"colour": torch.ones(8), "blur": torch.zeros(8), "fog": torch.zeros(8)}
+    scene |= {"patch": torch.zeros(8), "hue": torch.zeros(8)}
     # Far from where colours are cut off.
     scene["brightness"] = torch.full((8,), -0.1)
     first, last = (render(scene | {"colour": torch.full((8,), c)}, size=SIZE) for c in (1.0, 0.0))
@@ -129,7 +141,9 @@ def test_pans_move_the_picture(event: str, shift: tuple[int, int]) -> None:
     axis = "pan_x" if shift[1] else "pan_y"
     sign = float((after[axis] - before[axis]).sign()[0])
     after[axis] = before[axis] + sign * 4 * 2 / SIZE
-    still = {"blur": torch.zeros(8), "fog": torch.zeros(8)}
+    still = {name: torch.zeros(8) for name in ("blur", "fog", "patch", "pixels")}
+    # Contrast is about the mean of what is seen.
+    still["contrast"] = torch.ones(8)
     first, last = (render(scene | still, size=SIZE) for scene in (before, after))
     rolled = first.roll((4 * shift[0], 4 * shift[1]), dims=(-2, -1))
     inner = (..., slice(4, -4), slice(4, -4))
@@ -152,10 +166,81 @@ def test_silhouettes_are_black_and_white_up_to_soft_edges(event: str) -> None:
 def test_a_silhouette_is_where_a_black_ground_is_not() -> None:
     scene, black = happening("ground-black")
     sharp = {"soft": torch.full_like(scene["soft"], 0.01), "blur": torch.zeros(8)}
-    bare = {name: torch.zeros(8) for name in ("fog", "brightness")}
+    bare = {name: torch.zeros(8) for name in ("fog", "brightness", "patch", "pixels")}
+    bare["contrast"] = torch.ones(8)
     painted = render(black | sharp | bare, size=SIZE)
     shape = render(scene | sharp | {"silhouette": torch.ones(8)}, size=SIZE)
     assert bool((painted[shape == -1] == -1).all())
+
+
+@pytest.mark.parametrize("kind", range(len(GROUNDS)))
+def test_every_ground_is_seen_and_moves_with_the_camera(kind: int) -> None:
+    """A ground is fixed to the world: half the zoom shows its middle at half the size."""
+    dice = Dice(8, torch.Generator().manual_seed(5))
+    scene = draw_scene(dice)
+    x, y = torch.meshgrid(torch.linspace(-1, 1, 9), torch.linspace(-1, 1, 9), indexing="xy")
+    x, y = x.expand(8, -1, -1), y.expand(8, -1, -1)
+    scene["ground_kind"] = torch.full((8,), kind)
+    scene["ground_contrast"] = torch.zeros(8)
+    colours, nearness = lay_ground(scene, x, y)
+    middle, near_middle = lay_ground(scene, x[:, 2:7, 2:7], y[:, 2:7, 2:7])
+    torch.testing.assert_close(middle, colours[:, :, 2:7, 2:7])
+    torch.testing.assert_close(near_middle, nearness[:, 2:7, 2:7])
+    assert bool(((nearness >= 0) & (nearness <= 1)).all())
+    is_flat = GROUNDS[kind] == "texture"
+    assert (float(colours.std(dim=(2, 3)).mean()) < 1e-3) == is_flat
+    assert (float(nearness.max()) > 0.5) == (GROUNDS[kind] in ("landscape", "road"))
+
+
+@pytest.mark.parametrize("family", range(len(FAMILIES)))
+def test_every_family_has_an_inside_and_an_outside(family: int) -> None:
+    dice = Dice(4, torch.Generator().manual_seed(2))
+    scene = draw_scene(dice)
+    scene["family"] = torch.full_like(scene["family"], family)
+    layer = {n: v[:, 0] for n, v in scene.items() if v.ndim > 1 and v.shape[1] == LAYERS}
+    line = torch.linspace(-3, 3, 61)
+    v, u = torch.meshgrid(line, line, indexing="ij")
+    inside, _ = outline(layer, u.expand(4, -1, -1), v.expand(4, -1, -1))
+    share = (inside > 0).float().mean(dim=(1, 2))
+    assert bool((share > 0.001).all())
+    assert bool((share < 0.3).all())
+    assert bool((inside[:, 0] < 0).all())
+
+
+def test_objects_over_one_another_leave_no_seam() -> None:
+    """Two discs that touch cover 1 - (1 - a) (1 - b) of a pixel on their common border."""
+    scene = draw_scene(Dice(1, torch.Generator().manual_seed(0)))
+    off = torch.zeros_like(scene["visible"])
+    scene |= dict.fromkeys(("repeated", "wave", "bumps", "family", "x", "y", "visible"), off)
+    scene |= {"stretch": off + 1, "soft": off + 8, "size": off + 0.5, "silhouette": torch.ones(1)}
+    one = scene["visible"].index_fill(1, torch.tensor([0]), 1.0)
+    both = scene["visible"].index_fill(1, torch.tensor([0, 1]), 1.0)
+    seen = {
+        n: render(scene | {"visible": v}, size=SIZE) / 2 + 0.5 for n, v in (("1", one), ("2", both))
+    }
+    torch.testing.assert_close(seen["2"], 1 - (1 - seen["1"]) ** 2)
+
+
+def test_uncover_shows_what_is_under_a_flat_square() -> None:
+    before, after = happening("uncover")
+    first, last = render(before, size=SIZE), render(after, size=SIZE)
+    line = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
+    for index in range(8):
+        half = before["patch_size"][index]
+        is_under = ((line - before["patch_x"][index]).abs() < half)[None, :] & (
+            (line - before["patch_y"][index]).abs() < half
+        )[:, None]
+        assert float(first[index][:, is_under].std()) < 1e-6
+        torch.testing.assert_close(first[index][:, ~is_under], last[index][:, ~is_under])
+
+
+def test_hue_turns_the_channels_and_sketch_finds_steps() -> None:
+    scene, after = happening("hue")
+    bare = {name: torch.zeros(8) for name in ("blur", "pixels", "fog", "patch")}
+    first, last = (render(s | bare, size=SIZE) for s in (scene, after))
+    torch.testing.assert_close(last, first.roll(1, dims=1))
+    _, sketch = ends("sketch")
+    torch.testing.assert_close(sketch[:, 0], sketch[:, 2])
 
 
 def test_blend_goes_number_by_number() -> None:

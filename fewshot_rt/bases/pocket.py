@@ -1,6 +1,8 @@
-"""pocket: the small video model in the box, of the Wan TI2V family. See DESIGN.md in the sources.
+"""pocket: the small video model in the box, of the Wan family.
 
-The first latent frame is given clean, at time 0; the others are denoised by flow matching.
+The first latent frame is known: it enters as channels beside each of the later frames, and only
+these are denoised, by flow matching. Beside a clean first frame among the tokens (Wan TI2V), this
+halves the tokens of a short video and learns faster (CONTRIBUTING.md has the figures).
 Axes: B batch, C channels, T frames, H W pixels, F latent frames, h w latent grid, L tokens, D
 width.
 """
@@ -29,7 +31,7 @@ TRANSFORMER: dict[str, Any] = {
     "patch_size": [1, 2, 2],
     "num_attention_heads": 3,
     "attention_head_dim": 64,
-    "in_channels": 12,
+    "in_channels": 24,  # a noisy frame and the first one
     "out_channels": 12,
     "text_dim": 64,
     "freq_dim": 128,
@@ -54,18 +56,15 @@ class PocketDenoiser(nn.Module):
         Shapes: noisy, result [B, C, F, h, w]; time [B] in (0, 1]; first [B, C, 1, h, w];
         prompt [1, L, D].
         """
-        tokens = (noisy.shape[3] // 2) * (noisy.shape[4] // 2)
-        frame_time = torch.cat(
-            [torch.zeros_like(time)[:, None], time[:, None].expand(-1, noisy.shape[2] - 1)], dim=1
-        )
+        later = noisy[:, :, 1:]
         prediction = self.transformer(
-            hidden_states=torch.cat([first, noisy[:, :, 1:]], dim=2),
-            timestep=(frame_time * TIME_SCALE).repeat_interleave(tokens, dim=1),
+            hidden_states=torch.cat([later, first.expand_as(later)], dim=1),
+            timestep=time * TIME_SCALE,
             encoder_hidden_states=prompt.expand(noisy.shape[0], -1, -1),
             return_dict=False,
         )[0]
         towards_first = (noisy[:, :, :1] - first) / time[:, None, None, None, None]
-        return torch.cat([towards_first, prediction[:, :, 1:]], dim=2)
+        return torch.cat([towards_first, prediction], dim=2)
 
 
 @dataclass(frozen=True)

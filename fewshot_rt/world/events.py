@@ -128,7 +128,6 @@ EVENTS: dict[str, Event] = {
     "roll-left": _camera("roll", 0.5, 0.8),
     "roll-right": _camera("roll", -0.8, -0.5),
     "mirror": _to(mirror=-1.0),
-    "drain": _to(colour=0.0),
     "darken": _camera("brightness", -0.8, -0.5),
     "brighten": _camera("brightness", 0.5, 0.8),
     "negative": _to(negative=1.0),
@@ -138,6 +137,10 @@ EVENTS: dict[str, Event] = {
     "fog": _lift("fog", 0.4, 0.85, falls=True),
     "focus": _lift("blur", 0.7, 1.0),
     "defocus": _lift("blur", 0.7, 1.0, falls=True),
+    "unpixel": _lift("pixels", 1.0, 1.0),
+    "uncover": _lift("patch", 1.0, 1.0),
+    "sketch": _to(sketch=1.0),
+    "two-tone": _to(two_tone=1.0),
     "ground-black": _to(ground_black=1.0),
     "ground-white": _to(ground_white=1.0),
     "silhouette": _to(silhouette=1.0),
@@ -148,18 +151,34 @@ EVENTS: dict[str, Event] = {
 }
 
 
+def _coloured(**looks: float) -> Event:
+    """Make an event that needs colours in the scene, and brings looks to fixed values."""
+
+    def event(scene: Scene, dice: Dice) -> tuple[Scene, Scene]:
+        before = scene | {"colour": torch.ones_like(scene["colour"])}
+        return before, before | {n: torch.full_like(scene[n], value) for n, value in looks.items()}
+
+    return event
+
+
 def _colour_returns(scene: Scene, dice: Dice) -> tuple[Scene, Scene]:
     gray = scene | {"colour": torch.zeros_like(scene["colour"])}
     return gray, scene | {"colour": torch.ones_like(scene["colour"])}
 
 
-EVENTS["colour"] = _colour_returns
+EVENTS |= {"colour": _colour_returns, "drain": _coloured(colour=0.0), "hue": _coloured(hue=1.0)}
 
 # Events that need to know what an object is come more often: they are what perception needs.
 OFTEN = {
     "silhouette": 5,
     "silhouette-kind": 2,
     "outline": 3,
+    "sketch": 2,
+    "two-tone": 2,
+    "uncover": 2,
+    "denoise": 2,
+    "colour": 2,
+    "mirror": 2,
     "depth": 2,
     "labels": 3,
     "vanish": 2,

@@ -1,0 +1,167 @@
+"""Learning records together: tables of tasks and methods, and curves over the number of pairs.
+
+Figures are skills: 1 - error / error of the best baseline (copy, mean target, nearest pair), with
+the squared error of pictures; 1 is perfect, 0 no better than a baseline, below -1 counts as -1.
+Source: Murphy 1988 (skill scores).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .markdown import table
+from .record import Record
+
+KIND = "learning"  # of records
+BASELINES = ("copy", "mean target", "nearest pair")
+LEAST_SKILL = -1.0
+# Skills by task, method and number of pairs: one a seed.
+Skills = Mapping[tuple[str, str, int], list[float]]
+
+
+def latest_comparison(records: Sequence[Record]) -> list[Record]:
+    """Take the learning records that belong together with the newest: one base, one protocol."""
+    records = [record for record in records if record.kind == KIND]
+    if not records:
+        return []
+    own = ("group", "metric", "shots", "seed")
+
+    def shared(record: Record) -> dict[str, Any]:
+        return {key: value for key, value in record.settings.items() if key not in own}
+
+    newest = shared(max(records, key=lambda record: record.date))
+    return [record for record in records if shared(record) == newest]
+
+
+def find_skills(records: Iterable[Record]) -> Skills:
+    """Give the skill of every method in every record."""
+    skills: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    for record in records:
+        best = min(record.variants[name]["error"] for name in BASELINES)
+        for name, values in record.variants.items():
+            if "seconds" in values:
+                skill = 1 - values["error"] / max(best, 1e-9)
+                key = (record.case, name, int(record.settings["shots"]))
+                skills[key].append(max(LEAST_SKILL, skill))
+    return skills
+
+
+def make_task_table(records: Sequence[Record], *, shots: int) -> str:
+    """Make a Markdown table: a row for each task at a number of pairs, its own metric by method.
+
+    Raises: ValueError if there is no record with so many pairs.
+    """
+    chosen = [record for record in records if record.settings["shots"] == shots]
+    if not chosen:
+        raise ValueError(f"there is no record with {shots} pairs")
+    methods = _methods(chosen)
+    rows = []
+    for case in dict.fromkeys(record.case for record in chosen):
+        same = [record for record in chosen if record.case == case]
+        metric = same[0].settings["metric"]
+        cells = [_spread([r.variants[m][metric] for r in same if m in r.variants]) for m in methods]
+        rows.append([case, metric, *cells])
+    return table(["task", "metric", *methods], rows, left=2)
+
+
+def make_mean_table(records: Sequence[Record]) -> str:
+    """Make a Markdown table of mean skills, methods by numbers of pairs.
+
+    A method counts only where it answered all tasks with that number of pairs (the forest: masks).
+    """
+    skills = find_skills(records)
+    counts = sorted({shots for _, _, shots in skills})
+    rows = []
+    for method in _methods(records):
+        cells = [_mean_skill(skills, method, shots) for shots in counts]
+        if any(cells):
+            rows.append([method, *cells])
+    tasks = len({case for case, _, _ in skills})
+    seeds = sorted({int(record.settings["seed"]) for record in records})
+    first = records[0].settings
+    caption = (
+        f"{tasks} tasks at {first['size']}x{first['size']}, {first['test']} test images each, "
+        f"{len(seeds)} seeds, {first['steps']} steps; base {first['base']} "
+        f"{first['revision']}."
+    )
+    headings = ["mean skill", *(f"{n} pairs" for n in counts)]
+    return f"{table(headings, rows)}\n\n{caption}"
+
+
+def draw_curves(records: Sequence[Record], path: Path) -> None:
+    """Draw skill over the number of pairs, a panel for each task and one for their mean.
+
+    Raises: ImportError if matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    skills = find_skills(records)
+    tasks = list(dict.fromkeys(record.case for record in records))
+    methods = [name for name in _methods(records) if name not in BASELINES]
+    columns = 4
+    rows = -(-(len(tasks) + 1) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, task in zip(axes, [None, *tasks], strict=False):
+        for number, method in enumerate(methods):
+            points = _points(skills, method, [task] if task else tasks)
+            if points:
+                shots, mean, low, high = zip(*points, strict=True)
+                width = 2.5 if number == 0 else 1.2
+                axis.plot(shots, mean, "o-", ms=3, lw=width, color=f"C{number}", label=method)
+                axis.fill_between(shots, low, high, color=f"C{number}", alpha=0.15, lw=0)
+        axis.set_title(task or "mean over all tasks", fontsize=9)
+        axis.set_xscale("log")
+        axis.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+        axis.set_ylim(LEAST_SKILL - 0.05, 1.05)
+        axis.axhline(0, color="0.7", lw=0.8)
+        axis.tick_params(labelsize=7)
+    for axis in axes[len(tasks) + 1 :]:
+        axis.set_visible(False)
+    axes[0].legend(fontsize=7)
+    figure.supxlabel("pairs")
+    figure.supylabel("skill: 1 - error / error of the best baseline")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _points(
+    skills: Skills, method: str, tasks: Sequence[str]
+) -> list[tuple[int, float, float, float]]:
+    """Give pairs, mean, least and greatest over seeds, where all tasks are there."""
+    points = []
+    for shots in sorted({key[2] for key in skills}):
+        found = [skills[task, method, shots] for task in tasks if (task, method, shots) in skills]
+        if len(found) < len(tasks):
+            continue
+        seeds = min(map(len, found))
+        means = np.array([values[:seeds] for values in found]).mean(axis=0)
+        points.append((shots, float(means.mean()), float(means.min()), float(means.max())))
+    return points
+
+
+def _mean_skill(skills: Skills, method: str, shots: int) -> str:
+    tasks = {case for case, _, count in skills if count == shots}
+    points = [point for point in _points(skills, method, sorted(tasks)) if point[0] == shots]
+    if not points:
+        return ""
+    _, mean, low, high = points[0]
+    return f"{mean:.2f}" if low == high else f"{mean:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _methods(records: Iterable[Record]) -> list[str]:
+    """List who answered, ours first, in the order of the records."""
+    return list(dict.fromkeys(name for record in records for name in record.variants))
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    places = 1 if max(values) > 1 else 3
+    mean = f"{np.mean(values):.{places}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values):.{places}f}"

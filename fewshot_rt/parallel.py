@@ -1,0 +1,48 @@
+"""Several processes that train one model, each on its own share of a batch, as torchrun starts
+them.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import distributed, nn
+
+
+def join(device: str) -> tuple[int, int]:
+    """Join the other processes; give this one's rank and their number, (0, 1) if it is alone."""
+    if not distributed.is_torchelastic_launched():
+        return 0, 1
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def agree(value: float) -> float:
+    """Give the first process's value in all of them."""
+    if not distributed.is_initialized():
+        return value
+    shared = torch.tensor([value], dtype=torch.float64)
+    if distributed.get_backend() == "nccl":
+        shared = shared.cuda()
+    distributed.broadcast(shared, src=0)
+    return float(shared)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes; alone, leave all as it is."""
+    if not distributed.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()

@@ -1,0 +1,62 @@
+"""Alone, nothing changes; two processes step as one with the whole batch would."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fewshot_rt.parallel import agree, average_gradients, join
+
+SCRIPT = """
+import json, sys, torch
+from pathlib import Path
+from torch import nn
+from fewshot_rt.optimise import Optimiser, Pace
+from fewshot_rt.parallel import agree, join, leave
+
+rank, count = join("cpu")
+layer = nn.Linear(3, 1, bias=False)
+nn.init.ones_(layer.weight)
+data = torch.arange(12.0).view(4, 3)
+own = data[rank * 2 : rank * 2 + 2] if count > 1 else data
+optimiser = Optimiser(layer.named_parameters(), pace=Pace(rate=0.1, warmup=0))
+norm = optimiser.step(layer(own).square().mean())
+told = agree(float(rank + 5))
+Path(sys.argv[1], f"{rank}.json").write_text(
+    json.dumps([count, told, norm, layer.weight.flatten().tolist()])
+)
+leave()
+"""
+
+
+def test_alone_nothing_changes() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.tensor([1.0, 2.0])
+    average_gradients([parameter])
+    assert parameter.grad.tolist() == [1.0, 2.0]
+    assert agree(0.25) == 0.25
+    assert join("cpu") == (0, 1)
+
+
+@pytest.mark.slow
+def test_two_processes_step_as_one(tmp_path: Path) -> None:
+    script = tmp_path / "step.py"
+    script.write_text(SCRIPT)
+    both, one = tmp_path / "both", tmp_path / "one"
+    both.mkdir()
+    one.mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run([*torchrun, "--nproc-per-node", "2", script, both], check=True)
+    subprocess.run([sys.executable, script, one], check=True)
+    first, second, alone = (
+        json.loads(path.read_text()) for path in (both / "0.json", both / "1.json", one / "0.json")
+    )
+    assert (first[0], alone[0]) == (2, 1)
+    assert first[1] == second[1] == 5.0
+    assert first[2:] == second[2:]
+    assert first[2] == pytest.approx(alone[2])
+    assert first[3] == pytest.approx(alone[3])
