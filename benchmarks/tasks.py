@@ -6,6 +6,7 @@ saw ("kept-out"), and photographs, of which it never saw any.
 Axes: N pairs, H W pixels.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class TaskCase:
     about: one line for people. draw: takes (split, count, size, seed) and gives inputs and targets,
         uint8 [N, H, W, 3]; the same arguments, the same pairs; those of a smaller count come first
         in a larger one; train and test share no material.
-    colours: of the classes of "labels" in files.
+    colours: of the classes of "labels" in files. most: pairs for training that there are.
     """
 
     name: str
@@ -44,6 +45,7 @@ class TaskCase:
     about: str
     draw: Draw
     colours: tuple[tuple[int, int, int], ...] = ()
+    most: int = sys.maxsize
 
 
 def write_task(
@@ -86,7 +88,8 @@ def nuclei(folder: Path) -> TaskCase:
         return np.stack(inputs), np.stack([resized_mask(mask, shape) for mask in targets])
 
     about = "micrographs of nuclei, fluorescent and stained -> their masks"
-    return TaskCase("nuclei", "photographs", "mask", "iou", about, draw)
+    most = len(find_images(folder / "train" / "input"))
+    return TaskCase("nuclei", "photographs", "mask", "iou", about, draw, most=most)
 
 
 def mirror(image: Pixels) -> Pixels:

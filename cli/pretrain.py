@@ -12,12 +12,12 @@ from .progress import meter, say
 
 
 @click.command("pretrain")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=FOLDER, required=False)
 @click.option("--preview", type=FOLDER, help="Only write a GIF of the procedural world there.")
 @settings_options(PretrainConfig)
 @json_option
 def command(
-    folder: Path, preview: Path | None, config: Path | None, as_json: bool, **flags: Any
+    folder: Path | None, preview: Path | None, config: Path | None, as_json: bool, **flags: Any
 ) -> None:
     """Pretrain a base on the procedural world, in FOLDER.
 
@@ -37,6 +37,8 @@ def command(
         say(f"preview: {preview}")
         write_result({"preview": preview}, as_json=as_json)
         return
+    if folder is None:
+        raise click.UsageError("Missing argument 'FOLDER': where the base is made.")
     from fewshot_rt.pretrain import STAGES, pretrain
 
     steps: dict[str, int] = dict.fromkeys(STAGES, 0)

@@ -2,16 +2,28 @@
 them.
 """
 
+import os
 from collections.abc import Iterable
 
 import torch
 from torch import distributed, nn
 
+from .errors import ConfigError
+
 
 def join(device: str) -> tuple[int, int]:
-    """Join the other processes; give this one's rank and their number, (0, 1) if it is alone."""
-    if not distributed.is_torchelastic_launched():
+    """Join the other processes; give this one's rank and their number, (0, 1) if it is alone.
+
+    On cuda, every process takes a GPU of its own, which is "cuda" to it from then on.
+    Raises: ConfigError if there are more processes than GPUs.
+    """
+    if not distributed.is_available() or not distributed.is_torchelastic_launched():
         return 0, 1
+    if device.startswith("cuda"):
+        own, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= there:
+            raise ConfigError(f"there are {there} GPUs: give torchrun --nproc-per-node {there}.")
+        torch.cuda.set_device(own)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return distributed.get_rank(), distributed.get_world_size()
@@ -19,13 +31,13 @@ def join(device: str) -> tuple[int, int]:
 
 def leave() -> None:
     """Part from the other processes, if there are any."""
-    if distributed.is_initialized():
+    if _is_joined():
         distributed.destroy_process_group()
 
 
 def agree(value: float) -> float:
     """Give the first process's value in all of them."""
-    if not distributed.is_initialized():
+    if not _is_joined():
         return value
     shared = torch.tensor([value], dtype=torch.float64)
     if distributed.get_backend() == "nccl":
@@ -36,7 +48,7 @@ def agree(value: float) -> float:
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes; alone, leave all as it is."""
-    if not distributed.is_initialized():
+    if not _is_joined():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -46,3 +58,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for gradient in gradients:
         gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
         start += gradient.numel()
+
+
+def _is_joined() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

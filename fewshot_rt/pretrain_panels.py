@@ -73,12 +73,12 @@ def append_loss(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def draw_losses(folder: Path, path: Path) -> None:
-    """Draw the losses that were kept, each stage in its colour, over its share of the time.
+    """Draw the losses that were kept, each stage in its colour, from its first step to its last.
 
     Without any loss yet, nothing is drawn. Raises: DataError if the picture cannot be written.
     """
     source = folder / LOSSES_FILE
-    if not source.is_file():
+    if not source.is_file() or not source.stat().st_size:
         return
     lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     sheet = Image.new("RGB", CURVE_SIZE, "white")

@@ -37,6 +37,10 @@ def test_a_cell_measures_all_methods_and_is_not_measured_twice(
     again = list(run_cells([cell, other], protocol, methods=["u-net"], known=[known]))
     assert again[0] == (cell, None)
     assert again[1][1] is not None
+    # A record of fewer methods than are asked for does not stand for the cell.
+    fewer = replace(known, variants={"u-net": known.variants["u-net"]})
+    ((_, measured),) = run_cells([cell], protocol, methods=["u-net", "forest"], known=[fewer])
+    assert measured is not None
 
 
 def test_the_forest_answers_masks_only(protocol: Protocol) -> None:
