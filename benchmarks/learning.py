@@ -16,6 +16,7 @@ import numpy as np
 
 from fewshot_rt.augment import Augmentation
 from fewshot_rt.baselines import make_baselines
+from fewshot_rt.bases import open_base
 from fewshot_rt.codecs import Codec
 from fewshot_rt.errors import ConfigError, unknown
 from fewshot_rt.evaluate import score, write_panel
@@ -81,9 +82,16 @@ def run_cells(
         if name not in METHODS:
             raise ConfigError(unknown("method", name, METHODS))
     done = [record for record in known if record.kind == KIND]
+    shared = {**asdict(protocol), "revision": open_base(protocol.base).revision}
     with TemporaryDirectory() as folder:
         for cell in cells:
-            settings = _settings(cell, protocol)
+            settings = {
+                "group": cell.case.group,
+                "metric": cell.case.metric,
+                "shots": cell.shots,
+                "seed": cell.seed,
+                **shared,
+            }
             wanted = {name for name in methods if _fits(name, cell.case.codec)}
             if any(
                 (record.case, dict(record.settings)) == (cell.case.name, settings)
@@ -117,19 +125,6 @@ def run_cells(
 def _fits(method: str, codec: str) -> bool:
     """Say whether a method can answer: the forest gives masks only."""
     return method != "forest" or codec == "mask"
-
-
-def _settings(cell: Cell, protocol: Protocol) -> dict[str, Any]:
-    from fewshot_rt.bases import open_base
-
-    return {
-        "group": cell.case.group,
-        "metric": cell.case.metric,
-        "shots": cell.shots,
-        "seed": cell.seed,
-        **asdict(protocol),
-        "revision": open_base(protocol.base).revision,
-    }
 
 
 def _measure(
@@ -168,14 +163,10 @@ def _measure(
 def _squared_error(answers: Sequence[Pixels], targets: Sequence[Pixels], codec: Codec) -> float:
     """Give the mean squared error of pictures as the video shows them; 1 is black against white."""
     errors = [
-        np.square(codec.paint(_rgb(a)) / 255.0 - codec.paint(_rgb(t)) / 255.0).mean()
+        np.square(codec.paint(a) / 255.0 - codec.paint(t) / 255.0).mean()
         for a, t in zip(answers, targets, strict=True)
     ]
     return float(np.mean(errors))
-
-
-def _rgb(pixels: Pixels) -> Pixels:
-    return np.repeat(pixels[..., None], 3, axis=-1) if pixels.ndim == 2 else pixels
 
 
 def _network(
@@ -188,8 +179,6 @@ def _network(
     is_whole: bool,
 ) -> Answer:
     """Train our network: an adapter or all of it, from pretrained or from random weights."""
-    from fewshot_rt.bases import open_base
-
     base: Any = open_base(protocol.base)
     base.geometry = replace(base.geometry, native=(protocol.size, protocol.size))
     if not is_pretrained:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewshot_rt.codecs import LUMINANCE
-from fewshot_rt.images import Pixels
+from fewshot_rt.images import Pixels, with_channels
 
 from .draws import Draw, Pair, demo_packages, of_pairs, resized, resized_mask
 
@@ -80,7 +80,7 @@ def read_photograph(name: str) -> Pixels:
         from skimage import data
     found = getattr(data, name)()
     pixels: Pixels = found[0] if isinstance(found, tuple) else found
-    return _with_channels(pixels)
+    return with_channels(pixels)
 
 
 def coins() -> tuple[Pixels, Pixels]:
@@ -130,7 +130,7 @@ def edges(crop: Pixels, _rng: np.random.Generator) -> Pair:
         from skimage import filters
     smooth = ndimage.gaussian_filter(_gray(crop) / 255, EDGE_SIGMA)
     strength = np.clip(EDGE_GAIN * filters.sobel(smooth), 0, 1) * 255
-    return crop, _with_channels(np.rint(strength).astype(np.uint8))
+    return crop, with_channels(np.rint(strength).astype(np.uint8))
 
 
 def denoising(crop: Pixels, rng: np.random.Generator) -> Pair:
@@ -157,10 +157,6 @@ def _gray(image: Pixels) -> Pixels:
     return gray
 
 
-def _with_channels(image: Pixels) -> Pixels:
-    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
-
-
 def _grayed(name: str) -> Pair:
     photograph = read_photograph(name)
     return _gray(photograph), photograph
@@ -178,7 +174,7 @@ def _of_halves(
     """
 
     def pair(split: str, index: int, size: int, rng: np.random.Generator) -> Pair:
-        source, target = map(_with_channels, choices[index % len(choices)]())
+        source, target = map(with_channels, choices[index % len(choices)]())
         middle = source.shape[1] // 2
         half = slice(None, middle) if split == "train" else slice(middle, None)
         source, target = source[:, half], target[:, half]

@@ -132,13 +132,10 @@ def _variants(
     inputs: Pixels, targets: Pixels, augmentation: Augmentation, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Make the variants that an adapter with this seed gets, all of the size of the pairs."""
-    pairs = [
-        augmentation.variant(source, target, index=index, seed=seed * 1000 + number)
-        for index in range(VARIANTS if augmentation.kinds else 1)
-        for number, (source, target) in enumerate(zip(inputs, targets, strict=True))
-    ]
+    pairs = list(zip(inputs, targets, strict=True))
+    variants = augmentation.variants(pairs, count=VARIANTS, seed=seed)
     size = (inputs.shape[1], inputs.shape[2])
-    sources, answers = zip(*pairs, strict=True)
+    sources, answers = zip(*variants, strict=True)
     return _to_tensor(sources, size), _to_tensor(answers, size)
 
 
@@ -147,7 +144,7 @@ def _to_tensor(images: Iterable[Pixels], size: tuple[int, int]) -> Tensor:
 
 
 def _batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Draw batches in which every pair comes equally often."""
+    """Draw batches in which every pair comes equally often on the whole."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         yield torch.randint(count, (BATCH,), generator=generator)

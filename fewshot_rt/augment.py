@@ -3,6 +3,7 @@
 Axes: C channels, H W pixels.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,17 @@ class Augmentation:
         if text == "auto":
             return cls(KINDS if codec in ("mask", "labels") else ())
         return cls(tuple(part.strip() for part in text.split(",")))
+
+    def variants(
+        self, pairs: Sequence[tuple[Pixels, Pixels]], *, count: int, seed: int
+    ) -> Iterator[tuple[Pixels, Pixels]]:
+        """Make `count` variants of every pair (one if there are no kinds), the pairs first.
+
+        Shapes: as `variant`.
+        """
+        for index in range(count if self.kinds else 1):
+            for number, (source, target) in enumerate(pairs):
+                yield self.variant(source, target, index=index, seed=seed * 1000 + number)
 
     def variant(
         self, source: Pixels, target: Pixels, *, index: int, seed: int

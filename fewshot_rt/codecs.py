@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError, DataError, unknown
-from .images import Floats, Pixels, from_model, resize, to_uint8
+from .images import Floats, Pixels, from_model, resize, to_uint8, with_channels
 
 Colour = tuple[int, int, int]
 Histogram = dict[Colour, int]
@@ -79,8 +79,9 @@ class Codec:
 
         A mask becomes black and white, labels get colours far apart, gray has three channels.
 
-        Shapes: pixels and result uint8 [H, W, 3].
+        Shapes: pixels uint8 [H, W] or [H, W, 3]; result uint8 [H, W, 3].
         """
+        pixels = with_channels(pixels)
         if self.name == "rgb":
             return pixels
         if self.name == "gray":
@@ -110,7 +111,7 @@ class Codec:
         Shapes: pixels uint8 [H, W] or [H, W, 3]; result float32 in [0, 1] [H, W, 3] for "rgb" and
         [H, W] for "gray", bool [H, W] for "mask", int [H, W] for "labels".
         """
-        pixels = _with_channels(pixels)
+        pixels = with_channels(pixels)
         if self.name == "rgb":
             return np.asarray(pixels / np.float32(255))
         if self.name == "gray":
@@ -186,10 +187,6 @@ def infer_codec(targets: Iterable[Pixels], *, name: str | None = None) -> Codec:
     return Codec("gray" if all(r == g == b for r, g, b in colours) else "rgb")
 
 
-def _with_channels(pixels: Pixels) -> Pixels:
-    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=-1)
-
-
 def _luminance(pixels: Pixels) -> Pixels:
     """Give gray; where the channels are one, exactly that. Shapes: [H, W, 3] -> [H, W]."""
     gray: Pixels = np.rint(pixels @ np.array(LUMINANCE)).astype(np.uint8)
@@ -204,7 +201,7 @@ def _histogram(targets: Iterable[Pixels]) -> Histogram:
     """Count the exact colours over all targets."""
     counts: Histogram = {}
     for pixels in targets:
-        codes = _with_channels(pixels).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        codes = with_channels(pixels).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
         found, count = np.unique(codes, return_counts=True)
         for code, n in zip(found.tolist(), count.tolist(), strict=True):
             colour = (code >> 16, code >> 8 & 255, code & 255)

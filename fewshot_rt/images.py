@@ -178,6 +178,11 @@ def write_image(path: Path, pixels: Pixels) -> None:
         Image.fromarray(pixels).save(part, "PNG")
 
 
+def with_channels(pixels: Pixels) -> Pixels:
+    """Give a picture of one channel three equal ones. Shapes: [H, W] or [H, W, 3] -> [H, W, 3]."""
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=-1)
+
+
 def montage(
     rows: Sequence[Sequence[Pixels]],
     *,

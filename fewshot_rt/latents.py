@@ -66,11 +66,8 @@ def _videos(
     task: Task, size: tuple[int, int], augmentation: Augmentation, variants: int, seed: int
 ) -> Iterator[np.ndarray]:
     loaded = [load_pair(pair, task.codec) for pair in task.pairs]
-    for index in range(variants):
-        for number, (source, target) in enumerate(loaded):
-            draw = seed * 1000 + number
-            pair = augmentation.variant(source, target, index=index, seed=draw)
-            yield task.transition.video(*(to_model(image, size) for image in pair))
+    for pair in augmentation.variants(loaded, count=variants, seed=seed):
+        yield task.transition.video(*(to_model(image, size) for image in pair))
 
 
 def _encode(base: Base, videos: Iterator[np.ndarray], batch: int) -> Iterator[dict[str, Tensor]]:
