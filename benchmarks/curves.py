@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .draws import demo_packages
 from .markdown import table
 from .record import Record
 
@@ -54,9 +55,7 @@ def make_task_table(records: Sequence[Record], *, shots: int) -> str:
 
     Raises: ValueError if there is no record with so many pairs.
     """
-    chosen = [record for record in records if record.settings["shots"] == shots]
-    if not chosen:
-        raise ValueError(f"there is no record with {shots} pairs")
+    chosen = _of_shots(records, shots)
     methods = _methods(chosen)
     rows = []
     for case in dict.fromkeys(record.case for record in chosen):
@@ -74,21 +73,44 @@ def make_mean_table(records: Sequence[Record]) -> str:
     """
     skills = find_skills(records)
     counts = sorted({shots for _, _, shots in skills})
-    rows = []
-    for method in _methods(records):
-        cells = [_mean_skill(skills, method, shots) for shots in counts]
-        if any(cells):
-            rows.append([method, *cells])
-    tasks = len({case for case, _, _ in skills})
-    seeds = sorted({int(record.settings["seed"]) for record in records})
-    first = records[0].settings
-    caption = (
-        f"{tasks} tasks at {first['size']}x{first['size']}, {first['test']} test images each, "
-        f"{len(seeds)} seeds, {first['steps']} steps; base {first['base']} "
-        f"{first['revision']}."
-    )
+    tasks = {shots: _tasks(skills, shots) for shots in counts}
+    rows = [
+        [method, *(_mean_skill(skills, method, tasks[shots], shots) for shots in counts)]
+        for method in _methods(records)
+    ]
+    found = ", ".join(f"{len(tasks[shots])} with {shots} pairs" for shots in counts)
     headings = ["mean skill", *(f"{n} pairs" for n in counts)]
-    return f"{table(headings, rows)}\n\n{caption}"
+    return f"{_filled(headings, rows)}\n\nTasks: {found}; {_protocol(records)}"
+
+
+def make_group_table(records: Sequence[Record], *, shots: int) -> str:
+    """Make a Markdown table of mean skills with a number of pairs, methods by groups of tasks.
+
+    Raises: ValueError if there is no record with so many pairs.
+    """
+    records = _of_shots(records, shots)
+    skills = find_skills(records)
+    groups: dict[str, list[str]] = {"all": _tasks(skills, shots)}
+    for record in records:
+        is_mask = record.settings["metric"] == "iou"
+        for group in (record.settings["group"], *(["masks"] if is_mask else [])):
+            if record.case not in groups.setdefault(group, []):
+                groups[group].append(record.case)
+    rows = [
+        [method, *(_mean_skill(skills, method, tasks, shots) for tasks in groups.values())]
+        for method in _methods(records)
+    ]
+    headings = ["mean skill", *(f"{group} ({len(tasks)})" for group, tasks in groups.items())]
+    return f"{_filled(headings, rows)}\n\n{shots} pairs; {_protocol(records)}"
+
+
+def require_plots() -> None:
+    """Require what drawing curves needs, before hours are spent on measuring.
+
+    Raises: DataError if matplotlib is not installed.
+    """
+    with demo_packages():
+        import matplotlib  # noqa: F401
 
 
 def draw_curves(records: Sequence[Record], path: Path) -> None:
@@ -145,9 +167,34 @@ def _points(
     return points
 
 
-def _mean_skill(skills: Skills, method: str, shots: int) -> str:
-    tasks = {case for case, _, count in skills if count == shots}
-    points = [point for point in _points(skills, method, sorted(tasks)) if point[0] == shots]
+def _of_shots(records: Sequence[Record], shots: int) -> list[Record]:
+    chosen = [record for record in records if record.settings["shots"] == shots]
+    if not chosen:
+        raise ValueError(f"there is no record with {shots} pairs")
+    return chosen
+
+
+def _tasks(skills: Skills, shots: int) -> list[str]:
+    return sorted({case for case, _, count in skills if count == shots})
+
+
+def _filled(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Make a table of the rows that say anything."""
+    return table(headings, [row for row in rows if any(row[1:])])
+
+
+def _protocol(records: Sequence[Record]) -> str:
+    first = records[0].settings
+    seeds = len({record.settings["seed"] for record in records})
+    return (
+        f"{first['size']}x{first['size']} pixels, {first['test']} test images each, "
+        f"{seeds} seed{'s' * (seeds > 1)}, {first['steps']} steps; base {first['base']} "
+        f"{first['revision']}."
+    )
+
+
+def _mean_skill(skills: Skills, method: str, tasks: Sequence[str], shots: int) -> str:
+    points = [point for point in _points(skills, method, tasks) if point[0] == shots]
     if not points:
         return ""
     _, mean, low, high = points[0]

@@ -4,7 +4,8 @@
 the table of the case NAME
 <!-- /bench:NAME -->
 
-Of learning, `bench:tasks` is the table of means, `bench:tasks-N` that of all tasks with N pairs.
+Of learning, `bench:tasks` is the table of means, `bench:tasks-N` that of all tasks with N pairs,
+`bench:tasks-groups-N` that of groups of tasks.
 """
 
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from fewshot_rt.errors import DataError
 from fewshot_rt.files import write_text
 
-from .curves import latest_comparison, make_mean_table, make_task_table
+from .curves import latest_comparison, make_group_table, make_mean_table, make_task_table
 from .markdown import table
 from .record import RESULTS, Record, read_records
 
@@ -37,6 +38,7 @@ def update_document(path: Path, folder: Path = RESULTS) -> list[str]:
         tables |= {LEARNING: partial(make_mean_table, together)}
         for shots in {int(record.settings["shots"]) for record in together}:
             tables[f"{LEARNING}-{shots}"] = partial(make_task_table, together, shots=shots)
+            tables[f"{LEARNING}-groups-{shots}"] = partial(make_group_table, together, shots=shots)
     for name in names:
         if name not in tables:
             raise DataError(f"{path} marks bench:{name}, but {folder} holds no record of it.")

@@ -70,6 +70,7 @@ def command(
     weights), a U-Net, a random forest for masks, and the baselines. With --results, every cell is a
     record, tables and curves are drawn from all of them, and a broken-off run goes on.
     """
+    from fewshot_rt.benchmarks.curves import require_plots
     from fewshot_rt.benchmarks.learning import METHODS, Cell, Protocol, run_cells
     from fewshot_rt.benchmarks.record import append_record, read_records
     from fewshot_rt.benchmarks.tasks import TASKS
@@ -86,6 +87,8 @@ def command(
         say(f"methods: {', '.join(which)}")
         write_result({"tasks": chosen, "methods": which}, as_json=as_json)
         return
+    if results:
+        require_plots()
     cells = [Cell(cases[n], count, seed) for seed in seeds for count in shots for n in chosen]
     known = read_records(results) if results else []
     new = []
@@ -118,6 +121,7 @@ def _report(records: list[Any], results: Path | None, *, as_json: bool) -> None:
     from fewshot_rt.benchmarks.curves import (
         draw_curves,
         latest_comparison,
+        make_group_table,
         make_mean_table,
         make_task_table,
     )
@@ -127,7 +131,9 @@ def _report(records: list[Any], results: Path | None, *, as_json: bool) -> None:
     say(mean)
     counts = sorted({int(record.settings["shots"]) for record in together})
     tables = {str(count): make_task_table(together, shots=count) for count in counts}
+    groups = {str(count): make_group_table(together, shots=count) for count in counts}
     if results:
         draw_curves(together, results / "tasks.png")
         say(f"curves: {results / 'tasks.png'}")
-    write_result({"mean": mean, "tables": tables, "cells": len(together)}, as_json=as_json)
+    values = {"mean": mean, "groups": groups, "tables": tables, "cells": len(together)}
+    write_result(values, as_json=as_json)

@@ -13,6 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 FOLDER = click.Path(path_type=Path)
+RUNS = Path("runs")
 
 
 def json_option(function: F) -> F:
@@ -25,7 +26,7 @@ def json_option(function: F) -> F:
 def runs_option(function: F) -> F:
     """Add `--runs`: where run folders lie."""
     return click.option(
-        "--runs", type=FOLDER, default=Path("runs"), show_default=True, help="Folder of the runs."
+        "--runs", type=FOLDER, default=RUNS, show_default=True, help="Folder of the runs."
     )(function)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .autoencoder import TinyVideoAutoencoder
 from .bases.pocket import WEIGHT_FILE
 from .files import whole, write_json, write_text
-from .world import VOCABULARY
+from .world import EVENTS, VOCABULARY
 
 
 def write_base(
@@ -70,17 +70,22 @@ A small image-to-video diffusion model for few-shot adapters, made by `fewshot-r
 transformer of the Wan family (the first frame enters as channels; flow matching) over the latents
 of a tiny frame-wise video autoencoder. Native size {native}, 5 or 9 frames.
 
-- **Data**: only the procedural world of `fewshot_rt.world` ({len(VOCABULARY) - 1} events); no
+- **Data**: only the procedural world of `fewshot_rt.world` ({len(EVENTS)} events); no
   photographs, no downloaded data.
 - **Training**: autoencoder {_origin(index)},
   denoiser {steps["denoiser"]} steps in {minutes["denoiser"]} minutes on {settings["device"]}; batch
-  {settings["batch"]} at half size, then {settings["batch"] // 4} at native size.
+  {settings["batch"]} at half size, then {settings["batch"] // 4} at native size.{_first(index)}
 - **Prompts**: the words in `prompt/words.json`; all others say nothing.
 - **Use**: adapters from a few pairs. By itself it is a toy.
 - **Kept out on purpose**: vertical flip, jigsaw, keypoints.
 
 Settings: `{json.dumps(settings)}`
 """
+
+
+def _first(index: dict[str, Any]) -> str:
+    before = index["initialised_from"]
+    return f"\n  Its first weights are those of {before}." if before else ""
 
 
 def _origin(index: dict[str, Any]) -> str:

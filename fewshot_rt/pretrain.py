@@ -12,25 +12,27 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .autoencoder import AutoencoderConfig, TinyVideoAutoencoder
 from .base_files import write_base
-from .bases.pocket import PROMPT_WORDS, TRANSFORMER, PocketDenoiser, open_base
+from .bases.pocket import TRANSFORMER, PocketBase, open_base
 from .config import to_dict
 from .device import arithmetic, pick_device
-from .errors import ModelError
+from .errors import ConfigError, ModelError
 from .optimise import Optimiser, Pace
 from .parallel import agree, join, leave
 from .pretrain_config import PretrainConfig
+from .pretrain_losses import WordDenoiser, denoising_loss, reconstruction_loss
 from .pretrain_panels import append_loss, draw_losses, write_samples
 from .replay import Replay
-from .schedule import Schedule
 from .state import load_state, save_state, uninterrupted
 from .world import VOCABULARY, Clips, make_clips
 
 FRAMES = 5
 STAGES = ("autoencoder", "denoiser")
+PATCHES = "patch_embedding.weight"
+# Clips are made together: this many pixels a frame at least. A few at a time cost twice as much.
+LEAST_PIXELS = 32 * 64 * 64
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class _Clock:
     spent: dict[str, float]
 
     def progress(self, stage: str, config: PretrainConfig) -> float:
-        share = 0.0 if config.autoencoder else config.autoencoder_share
+        share = 0.0 if config.autoencoder or config.init else config.autoencoder_share
         share = share if stage == "autoencoder" else 1 - share
         budget = 60 * config.minutes * share
         return self.spent[stage] / budget if budget else 1.0
@@ -67,6 +69,11 @@ def pretrain(config: PretrainConfig, folder: Path) -> Iterator[PretrainStep]:
     """
     config = replace(config, device=pick_device(config.device))
     rank, count = join(config.device)
+    if config.batch // 4 % count:
+        raise ConfigError(
+            f"a quarter of the batch, {config.batch // 4}, is not shared evenly by {count} "
+            f"processes: give --batch {4 * count * max(1, config.batch // 4 // count)}."
+        )
     run = _Run(config, folder, rank=rank, processes=count)
     run.resume()
     run.part_ways()
@@ -109,16 +116,20 @@ class _Run:
         self.rank, self.processes = rank, processes
         self.clock = _Clock(dict.fromkeys(STAGES, 0.0))
         self.generator = torch.Generator(config.device).manual_seed(config.seed)
-        self.schedule = Schedule(kind="flow")
-        self.taken_from = ""
-        self.autoencoder = self._make_autoencoder()
+        self.origin = {"autoencoder_from": "", "initialised_from": ""}
+        first = open_base(config.init, device=config.device) if config.init else None
+        self.autoencoder = first.autoencoder if first else self._make_autoencoder()
+        self.autoencoder.requires_grad_(True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.replay = Replay()
+        self.owed = 0.0  # clips that were drawn and not yet made anew
         self.transformer_config = TRANSFORMER | {
             "num_layers": config.layers,
             "num_attention_heads": config.heads,
         }
         transformer = WanTransformer3DModel.from_config(self.transformer_config)
-        self.denoiser = _WordDenoiser(transformer, TRANSFORMER["text_dim"]).to(config.device)
+        self.denoiser = WordDenoiser(transformer, TRANSFORMER["text_dim"]).to(config.device)
+        if first:
+            self._initialise_from(first)
         self.optimisers = self._optimisers()
         self._predict: Callable[..., Tensor] = (
             torch.compile(self.denoiser, dynamic=False) if config.compile else self.denoiser
@@ -129,7 +140,7 @@ class _Run:
         config = self.config
         if config.autoencoder:
             taken = open_base(config.autoencoder, device=config.device)
-            self.taken_from = f"{taken.name}, revision {taken.revision}"
+            self.origin["autoencoder_from"] = f"{taken.name}, revision {taken.revision}"
             autoencoder: TinyVideoAutoencoder = taken.autoencoder
             channels = autoencoder.config.latent_channels
             if channels != TRANSFORMER["out_channels"]:
@@ -141,8 +152,35 @@ class _Run:
             autoencoder = TinyVideoAutoencoder(AutoencoderConfig()).to(config.device)
             fit_on = make_clips(64, size=config.native // 2, generator=self.generator, frames=2)
             autoencoder.fit_shortcut(fit_on.video.transpose(1, 2).flatten(0, 1))
-        autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return autoencoder
+
+    def _initialise_from(self, base: PocketBase) -> None:
+        """Take all weights of a base; words that it does not know stay as they were drawn.
+
+        Raises: ModelError if it has other sizes.
+        """
+        try:
+            taken = dict(base.denoiser().transformer.state_dict())
+            transformer = self.denoiser.denoiser.transformer
+            # Channels that the base lacks begin without effect.
+            before, own = taken[PATCHES], transformer.get_parameter(PATCHES)
+            taken[PATCHES] = own.new_zeros(own.shape)
+            taken[PATCHES][:, : before.shape[1]] = before
+            transformer.load_state_dict(taken)
+        except RuntimeError as error:
+            raise ModelError(
+                f"the base {self.config.init} has other sizes ({error}). Give the --layers and "
+                "--heads that it was begun with."
+            ) from error
+        with torch.no_grad():
+            for word, embedding in zip(base.prompts.words, base.prompts.embeddings, strict=True):
+                if word in VOCABULARY:
+                    self.denoiser.words.weight[VOCABULARY.index(word)] = embedding
+        steps, minutes = base.index["steps"]["denoiser"], base.index["minutes"]["denoiser"]
+        before = base.index.get("initialised_from")
+        name = f"{base.name}, revision {base.revision}"
+        work = f"{steps} steps in {minutes} minutes{' after ' + before if before else ''}"
+        self.origin = {"autoencoder_from": name, "initialised_from": f"{name}, {work}"}
 
     def _optimisers(self) -> dict[str, Optimiser]:
         config = self.config
@@ -169,10 +207,12 @@ class _Run:
         batch = max(1, self.config.batch // (4 if quarter else 1) // self.processes)
         with arithmetic(torch.device(self.config.device), "auto"):
             if stage == "autoencoder":
-                loss = self._reconstruction(self._clips(batch, size).video)
+                video = self._clips(batch, size).video
+                loss = reconstruction_loss(self.autoencoder, video, self.generator)
             else:
                 self._refill(batch, size)
-                loss = self._denoising(*self.replay.draw(batch, self.generator))
+                clips = self.replay.draw(batch, self.generator)
+                loss = denoising_loss(self._predict, *clips, self.config, self.generator)
         self.optimisers[stage].step(loss, progress=progress)
         return float(loss.detach()), batch * self.processes
 
@@ -181,40 +221,17 @@ class _Run:
 
     @torch.no_grad()
     def _refill(self, batch: int, size: int) -> None:
-        """Make as many new clips as a step uses up; some more at first."""
+        """Make as many new clips as the steps use up, many at once; some more at first."""
         grid = size // self.autoencoder.config.space_factor
-        count = 4 * batch if self.replay.lacks(grid) else -(-batch // self.config.repeats)
-        clips = self._clips(count, size)
+        self.owed += batch / self.config.repeats
+        least = -(-LEAST_PIXELS // size**2)
+        if self.replay.lacks(grid):
+            self.owed = max(4 * batch, least)
+        if self.owed < least:
+            return
+        clips = self._clips(int(self.owed), size)
+        self.owed = 0.0
         self.replay.add(self.autoencoder.encode(clips.video).float(), clips.words)
-
-    def _reconstruction(self, video: Tensor) -> Tensor:
-        """Absolute error of pixels and of their differences, with a little noise on latents."""
-        latents = self.autoencoder.encode(video)
-        noise = torch.randn(latents.shape, generator=self.generator, device=latents.device)
-        restored = self.autoencoder.decode(latents + 0.02 * noise).float()
-        error = restored - video
-        edges = sum(error.diff(dim=dim).abs().mean() for dim in (-1, -2))
-        spread = functional.relu(latents.float().abs() - 2).square().mean()
-        return error.abs().mean() + 0.5 * edges + 0.1 * spread
-
-    def _denoising(self, latents: Tensor, words: Tensor) -> Tensor:
-        """The flow-matching loss on the frames after the first.
-
-        A share of the clips is at pure noise, half of these with the noise left out: the state from
-        which one-step adapters start.
-        """
-        batch, device = latents.shape[0], latents.device
-        draw = torch.rand((3, batch), generator=self.generator, device=device)
-        normal = torch.randn((batch,), generator=self.generator, device=device)
-        noise = torch.randn(latents.shape, generator=self.generator, device=device)
-        at_end = draw[0] < self.config.pure_noise
-        moment = torch.where(at_end, 1.0, torch.sigmoid(normal).clamp(0.01, 1))
-        noise = noise * (~(draw[0] < self.config.pure_noise / 2))[:, None, None, None, None]
-        words = torch.where(draw[1] < self.config.silent_words, 0, words)
-        noisy = self.schedule.noise(latents, noise, moment)
-        prediction = self._predict(noisy, moment, latents[:, :, :1], words)
-        target = self.schedule.target(latents, noise, moment)
-        return functional.mse_loss(prediction.float()[:, :, 1:], target[:, :, 1:])
 
     def finish(self, stage: str) -> None:
         """Take the averaged weights; after the autoencoder, measure its latents, then freeze it."""
@@ -253,18 +270,26 @@ class _Run:
     def _take(self, state: dict[str, Any]) -> None:
         self.autoencoder.load_state_dict(state["autoencoder"])
         self.denoiser.load_state_dict(state["denoiser"])
-        for stage in STAGES:
-            self.optimisers[stage].load_state_dict(state["optimisers"][stage])
+        for stage, values in state["optimisers"].items():
+            self.optimisers[stage].load_state_dict(values)
+        self.optimisers["autoencoder"].step_count = state["autoencoder_steps"]
         self._set_latents(tuple(state["latents_mean"]), tuple(state["latents_std"]))
         self.clock.spent.update(state["spent"])
-        self.generator.set_state(state["generator"])
+        self.origin = state["origin"]
+        if state["device"] == self.config.device:
+            self.generator.set_state(state["generator"])
+        else:
+            self._draw_others(0)
 
     def part_ways(self) -> None:
         """Let every process but the first draw other clips than it does."""
         if self.rank:
-            count = self.optimisers["denoiser"].step_count
-            seed = 1000 * (self.config.seed + 1) * (count + 1) + self.rank
-            self.generator.manual_seed(seed)
+            self._draw_others(self.rank)
+
+    def _draw_others(self, number: int) -> None:
+        """Draw other clips from now on than before, and than with another number."""
+        count = self.optimisers["denoiser"].step_count
+        self.generator.manual_seed(1000 * (self.config.seed + 1) * (count + 1) + number)
 
     def note(self, step: PretrainStep) -> None:
         """Keep every tenth step for the curve of losses."""
@@ -276,13 +301,18 @@ class _Run:
         if self.rank:
             return
         config = self.autoencoder.config
+        # The optimiser of a frozen autoencoder is of no more use.
+        trained = STAGES[1:] if config.latents_std else STAGES
         state = {
             "autoencoder": self.autoencoder.state_dict(),
             "denoiser": self.denoiser.state_dict(),
-            "optimisers": {name: o.state_dict() for name, o in self.optimisers.items()},
+            "optimisers": {stage: self.optimisers[stage].state_dict() for stage in trained},
+            "autoencoder_steps": self.optimisers["autoencoder"].step_count,
             "latents_mean": list(config.latents_mean),
             "latents_std": list(config.latents_std),
             "spent": self.clock.spent,
+            "origin": self.origin,
+            "device": self.config.device,
             "generator": self.generator.get_state(),
         }
         save_state(self.folder / "state" / "pretrain.pt", state)
@@ -309,28 +339,12 @@ class _Run:
                 "name": self.config.name,
                 "native": [self.config.native, self.config.native],
                 "licence": "Apache-2.0",
-                "autoencoder_from": self.taken_from,
+                **self.origin,
                 "steps": {name: o.step_count for name, o in self.optimisers.items()},
                 "minutes": {n: round(value / 60, 1) for n, value in self.clock.spent.items()},
                 "settings": to_dict(self.config),
             },
         )
-
-
-class _WordDenoiser(nn.Module):
-    """The denoiser with the table of words in front, so that both are trained as one."""
-
-    def __init__(self, transformer: WanTransformer3DModel, width: int) -> None:
-        super().__init__()
-        self.denoiser = PocketDenoiser(transformer)
-        self.words = nn.Embedding(len(VOCABULARY), width)
-
-    def forward(self, noisy: Tensor, moment: Tensor, first: Tensor, words: Tensor) -> Tensor:
-        """Shapes: noisy [B, C, F, h, w]; moment, words [B]; first [B, C, 1, h, w]."""
-        silent = torch.zeros_like(words)[:, None].expand(-1, PROMPT_WORDS - 1)
-        prompt = self.words(torch.cat([words[:, None], silent], dim=1))
-        prediction: Tensor = self.denoiser(noisy, moment, first, prompt)
-        return prediction
 
 
 def _take(module: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ TINY_TRANSFORMER = {
     "num_layers": 1,
     "num_attention_heads": 1,
     "ffn_dim": 64,
-    "in_channels": 16,
+    "in_channels": 24,  # two frames of 8, and 8 waves
     "out_channels": 8,
 }
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewshot_rt.bases.pocket import WEIGHTS
+from fewshot_rt.bases.pocket import WEIGHTS, open_base
 from fewshot_rt.cli.main import COMMANDS
 from fewshot_rt.images import read_image, write_image
+from fewshot_rt.world import EVENTS
 
 SCRIPT = Path(sys.executable).with_name("fewshot-rt")
 PAIRS = Path("pairs")
@@ -102,6 +103,9 @@ def test_help_of_all_is_quick_and_names_every_command():
         (["train", "pairs", "--config", "no.toml"], "cannot be read"),
         (["train", "pairs", "--device", "banana"], "cpu, cuda"),
         (["pretrain", "x", "--device", "tpu"], "cpu, cuda"),
+        (["pretrain", "x", "--zero-noise", "0.7", "--pure-noise", "0.4"], "1 at most"),
+        (["pretrain", "x", "--init", "pocket", "--autoencoder", "pocket"], "only one"),
+        (["bench", "taks"], "Did you mean 'tasks'"),
         (["bench", "tasks", "--tasks", "coins"], "coin-masks"),
         (["bench", "tasks", "--shots", "1,x"], "1,3,10"),
         (["bench", "tasks", "--shots", "0"], "below 1"),
@@ -304,6 +308,38 @@ def test_pretrain_takes_the_autoencoder_of_another_base(run, workshop):
         for folder in (WEIGHTS, Path("taken"))
     )
     assert all(torch.equal(own[name], taken[name]) for name in own)
+
+
+def test_pretrain_begins_with_the_weights_of_another_base(run, tmp_path):
+    """With a rate of almost zero, what comes out is what went in, and words that it lacks."""
+    words = ["pretrain", "more", "--init", "pocket", "--native", 32, "--batch", 8]
+    words += ["--no-compile", "--json", "--minutes", 0.03, "--rate", 1e-12]
+    status, _, err = run(*words, "--heads", 2)
+    assert status == 1
+    assert "other sizes" in err
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert json.loads(out)["steps"]["denoiser"] > 0
+    before, after = open_base("pocket"), open_base("more")
+    own = after.denoiser().transformer.state_dict()
+    for name, value in before.denoiser().transformer.state_dict().items():
+        taken = own[name][:, : value.shape[1]] if name == "patch_embedding.weight" else own[name]
+        torch.testing.assert_close(taken, value, rtol=2e-3, atol=1e-4)
+    event = after.embed("silhouette")["prompt"]
+    torch.testing.assert_close(event, before.embed("silhouette")["prompt"], rtol=2e-3, atol=1e-4)
+    assert after.index["initialised_from"].startswith(f"pocket, revision {before.revision}")
+    assert before.revision in (tmp_path / "more" / "README.md").read_text()
+
+
+def test_bench_base_measures_every_event(run):
+    status, out, err = run(
+        "bench", "base", "pocket", "--clips", 2, "--size", 32, "--results", "results", "--json"
+    )
+    assert status == 0, err
+    tables = json.loads(out)["tables"]
+    assert "photographs" in tables["pocket-autoencoder"]
+    assert all(event in tables["pocket-events"] for event in EVENTS)
+    assert len(list(Path("results").glob("*.jsonl"))) == 1
 
 
 def test_bench_tasks_goes_on_and_draws_its_tables(run, workshop):

@@ -1,5 +1,6 @@
 """Skills, tables and curves of made-up records; figures by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from fewshot_rt.benchmarks.curves import (
     draw_curves,
     find_skills,
     latest_comparison,
+    make_group_table,
     make_mean_table,
     make_task_table,
 )
@@ -67,7 +69,18 @@ def test_the_mean_is_over_tasks_and_spreads_over_seeds() -> None:
     table = make_mean_table(RECORDS)
     # Seed 0: (.8 + .9) / 2, seed 1: (.2 + .9) / 2.
     assert "| pocket | 0.70 (0.55 to 0.85) | -1.00 |" in table
-    assert "2 tasks at 32x32" in table
+    assert "Tasks: 2 with 3 pairs, 1 with 10 pairs; 32x32 pixels" in table
+
+
+def test_groups_of_tasks_have_means_of_their_own() -> None:
+    kept = record("flip", 3, 0, 0.2)
+    kept = replace(kept, settings={**kept.settings, "group": "kept-out", "metric": "psnr"})
+    table = make_group_table([*RECORDS, kept], shots=3)
+    assert "| mean skill | all (3) | world (2) | masks (2) | kept-out (1) |" in table
+    # Seed 0: (.8 + .9 + 0) / 3, (.8 + .9) / 2; flip has no second seed.
+    assert "| pocket | 0.57 | 0.70 (0.55 to 0.85) | 0.70 (0.55 to 0.85) | 0.00 |" in table
+    with pytest.raises(ValueError, match="30 pairs"):
+        make_group_table(RECORDS, shots=30)
 
 
 def test_a_task_table_shows_the_tasks_own_metric() -> None:

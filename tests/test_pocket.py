@@ -1,5 +1,6 @@
 """pocket: the layout that all bases share, and the weights in the box."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from fewshot_rt.bases import open_base
-from fewshot_rt.bases.pocket import WEIGHTS, PromptTable
+from fewshot_rt.bases.pocket import WEIGHTS, PromptTable, make_waves
 from fewshot_rt.errors import ConfigError, ModelError
 from fewshot_rt.images import to_model
 from fewshot_rt.sample import sample
@@ -32,13 +33,14 @@ def test_the_sampler_ends_on_the_given_first_frame(tiny_base, steps):
 
 
 @torch.no_grad()
-def test_the_denoiser_is_diffusers_on_later_frames_with_the_first_as_channels(tiny_base):
+def test_the_denoiser_is_diffusers_on_later_frames_with_the_first_and_waves_as_channels(tiny_base):
     """Against the transformer called as the Wan image-to-video pipeline does, frame by frame."""
     generator = torch.Generator().manual_seed(1)
     noisy = torch.randn(2, 8, 3, 8, 8, generator=generator)
     first = torch.randn(2, 8, 1, 8, 8, generator=generator)
     prompt = tiny_base.embed("mask")["prompt"]
-    beside = torch.cat([noisy[:, :, 1:], torch.cat([first, first], dim=2)], dim=1)
+    waves = make_waves(8, (8, 8), device=noisy.device)[:, :, None].expand(2, -1, 2, -1, -1)
+    beside = torch.cat([noisy[:, :, 1:], torch.cat([first, first], dim=2), waves], dim=1)
     expected = tiny_base.denoiser().transformer(
         hidden_states=beside,
         timestep=torch.tensor([700.0, 300.0]),
@@ -49,10 +51,31 @@ def test_the_denoiser_is_diffusers_on_later_frames_with_the_first_as_channels(ti
     torch.testing.assert_close(found[:, :, 1:], expected)
 
 
+def test_waves_tell_mirrored_places_apart_at_any_size():
+    """Against the formula; and a mirrored picture has the sines of places negated."""
+    waves = make_waves(16, (4, 6), device=torch.device("cpu"))[0]
+    assert waves.shape == (16, 4, 6)
+    row, column = 1, 4
+    for octave in range(4):
+        for side, place in enumerate(((row + 0.5) / 4 * 2 - 1, (column + 0.5) / 6 * 2 - 1)):
+            angle = math.pi / 2 * 2**octave * place
+            at = 4 * octave + 2 * side
+            expected = torch.tensor([math.sin(angle), math.cos(angle)])
+            torch.testing.assert_close(waves[at : at + 2, row, column], expected)
+    across = waves[2::4]  # sines along the width
+    torch.testing.assert_close(across.flip(-1), -across)
+    # A pixel's place does not depend on the size: 2x2 cells of a finer grid average to about it.
+    fine = make_waves(16, (16, 24), device=torch.device("cpu"))[0]
+    coarse = make_waves(16, (8, 12), device=torch.device("cpu"))[0]
+    averaged = torch.nn.functional.avg_pool2d(fine, 2)
+    assert float((averaged - coarse).abs()[:8].max()) < 0.02
+
+
 def test_unknown_words_say_nothing():
     table = PromptTable(("", "mask", "edge"), torch.eye(3))
     assert table.ids("") == [0, 0, 0, 0]
-    assert table.ids("an Edge of the mask") == [2, 1, 0, 0]
+    assert table.ids("an Edge of the mask") == [2, 1, 2, 1]
+    assert table.ids("edge") == [2, 2, 2, 2]
     assert torch.equal(table.embed("nothing known"), table.embed(""))
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fewshot_rt.transition import WEIGHTS
 from fewshot_rt.world import VOCABULARY, Clips, make_clips
+from fewshot_rt.world.clips import PACES
 from fewshot_rt.world.events import EVENTS, OFTEN
 from fewshot_rt.world.ground import lay_ground
 from fewshot_rt.world.render import render
@@ -55,7 +56,8 @@ def test_the_same_seed_plays_the_same_clips() -> None:
 @pytest.mark.parametrize("event", EVENTS)
 def test_each_event_changes_most_pictures_and_stays_in_range(event: str) -> None:
     played = clips(16, seed=3, event=event, pace="linear", frames=3)
-    assert {VOCABULARY[word] for word in played.words} == {event}
+    assert {VOCABULARY[word] for word in played.words[:, 0]} == {event}
+    assert {VOCABULARY[word] for word in played.words[:, 1]} == {"slowly"}
     video = played.video
     assert bool(video.isfinite().all())
     assert float(video.abs().max()) <= 1
@@ -76,22 +78,27 @@ def test_a_drawn_pace_starts_as_a_given_one_does() -> None:
     for seed in range(4):
         drawn = clips(seed=seed, frames=5)
         given = clips(seed=seed, frames=5, pace="repeat_target")
-        torch.testing.assert_close(drawn.words, given.words)
+        torch.testing.assert_close(drawn.words[:, 0], given.words[:, 0])
         torch.testing.assert_close(drawn.video[:, :, 0], given.video[:, :, 0], rtol=0, atol=0)
 
 
 def test_paces_are_those_of_transitions() -> None:
-    video = clips(event="move-left", pace="repeat_target", frames=5).video
+    at_once = clips(event="move-left", pace="repeat_target", frames=5)
+    assert not at_once.words[:, 1].any()
+    video = at_once.video
     assert all(torch.equal(video[:, :, 1], video[:, :, frame]) for frame in (2, 3, 4))
-    video = clips(event="move-left", pace="discrete", frames=9).video
+    late = clips(event="move-left", pace="discrete", frames=9)
+    assert {VOCABULARY[word] for word in late.words[:, 1]} == {"late"}
+    video = late.video
     assert all(torch.equal(video[:, :, 0], video[:, :, frame]) for frame in (1, 2, 3))
     assert all(torch.equal(video[:, :, 4], video[:, :, frame]) for frame in (5, 6, 7, 8))
 
 
 def test_all_events_are_drawn_and_the_telling_ones_more_often() -> None:
-    words = clips(320, size=8).words
+    words = clips(320, size=8).words[:, 0]
     counts = dict(zip(VOCABULARY, words.bincount(minlength=len(VOCABULARY)), strict=True))
-    assert counts.pop("") == 0
+    for word in ("", *PACES):
+        assert counts.pop(word) == 0
     total = sum(OFTEN.get(name, 1) for name in EVENTS)
     for name, count in counts.items():
         expected = len(words) * OFTEN.get(name, 1) / total
@@ -99,7 +106,7 @@ def test_all_events_are_drawn_and_the_telling_ones_more_often() -> None:
 
 
 def test_what_adapters_are_tested_on_is_kept_out() -> None:
-    assert len(set(VOCABULARY)) == len(VOCABULARY) == 1 + len(EVENTS)
+    assert len(set(VOCABULARY)) == len(VOCABULARY) == 1 + len(EVENTS) + len(PACES)
     for word in VOCABULARY:
         assert not any(kept_out in word for kept_out in ("flip", "jigsaw", "keypoint"))
     for event in EVENTS:

@@ -2,12 +2,15 @@
 
 The first latent frame is known: it enters as channels beside each of the later frames, and only
 these are denoised, by flow matching. Beside a clean first frame among the tokens (Wan TI2V), this
-halves the tokens of a short video and learns faster (CONTRIBUTING.md has the figures).
+halves the tokens of a short video and learns faster (CONTRIBUTING.md has the figures). Waves over
+the picture enter as channels, too: rotary embeddings tell tokens only how far apart they are, and
+what is mirrored, turned or cut up goes by where it is.
 Axes: B batch, C channels, T frames, H W pixels, F latent frames, h w latent grid, L tokens, D
-width.
+width, P waves.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ TRANSFORMER: dict[str, Any] = {
     "patch_size": [1, 2, 2],
     "num_attention_heads": 3,
     "attention_head_dim": 64,
-    "in_channels": 24,  # a noisy frame and the first one
+    "in_channels": 40,  # a noisy frame, the first one, and 16 waves
     "out_channels": 12,
     "text_dim": 64,
     "freq_dim": 128,
@@ -44,11 +47,15 @@ TRANSFORMER: dict[str, Any] = {
 
 
 class PocketDenoiser(nn.Module):
-    """The transformer behind the one layout that all bases share."""
+    """The transformer behind the one layout that all bases share.
+
+    It takes as many waves as it has channels for, besides two frames; none is possible.
+    """
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         super().__init__()
         self.transformer = transformer
+        self.waves = transformer.config.in_channels - 2 * transformer.config.out_channels
 
     def forward(self, noisy: Tensor, time: Tensor, first: Tensor, prompt: Tensor) -> Tensor:
         """Predict noise - clean. The first frame's prediction leads exactly to `first`.
@@ -57,14 +64,30 @@ class PocketDenoiser(nn.Module):
         prompt [1, L, D].
         """
         later = noisy[:, :, 1:]
+        seen = [later, first.expand_as(later)]
+        if self.waves:
+            waves = make_waves(self.waves, (later.shape[-2], later.shape[-1]), device=later.device)
+            seen.append(waves[:, :, None].expand(later.shape[0], -1, later.shape[2], -1, -1))
         prediction = self.transformer(
-            hidden_states=torch.cat([later, first.expand_as(later)], dim=1),
+            hidden_states=torch.cat(seen, dim=1),
             timestep=time * TIME_SCALE,
             encoder_hidden_states=prompt.expand(noisy.shape[0], -1, -1),
             return_dict=False,
         )[0]
         towards_first = (noisy[:, :, :1] - first) / time[:, None, None, None, None]
         return torch.cat([towards_first, prediction], dim=2)
+
+
+def make_waves(count: int, size: tuple[int, int], *, device: torch.device) -> Tensor:
+    """Make sines and cosines along both sides of a picture: half a period, and octaves of it.
+
+    Shapes: size (h, w); result [1, P, h, w], P = count, a multiple of 4.
+    Source: Vaswani et al. 2017, sec. 3.5, along two axes.
+    """
+    lines = [(torch.arange(side, device=device) + 0.5) / side * 2 - 1 for side in size]
+    down, across = torch.meshgrid(*lines, indexing="ij")
+    angles = [math.pi / 2 * 2**k * line for k in range(count // 4) for line in (down, across)]
+    return torch.stack([wave for angle in angles for wave in (angle.sin(), angle.cos())])[None]
 
 
 @dataclass(frozen=True)
@@ -78,9 +101,12 @@ class PromptTable:
     embeddings: Tensor
 
     def ids(self, prompt: str) -> list[int]:
-        """Give the numbers of the known words of a prompt, filled up with word 0."""
+        """Give the numbers of the known words of a prompt, over and over; word 0 if there are none.
+
+        One word among silent ones is too weak a sign (CONTRIBUTING.md has the figures).
+        """
         known = [self.words.index(w) for w in prompt.lower().split() if w in self.words]
-        return (known + [0] * PROMPT_WORDS)[:PROMPT_WORDS]
+        return ((known or [0]) * PROMPT_WORDS)[:PROMPT_WORDS]
 
     def embed(self, prompt: str) -> Tensor:
         """Embed a prompt; unknown words say nothing. Shapes: result [1, L, D]."""
@@ -102,6 +128,7 @@ class PocketBase:
     ) -> None:
         self.name: str = index["name"]
         self.revision: str = index["revision"]
+        self.index = index
         self.schedule = Schedule(kind="flow")
         self.prompts = prompts
         self.autoencoder = autoencoder

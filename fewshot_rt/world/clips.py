@@ -13,12 +13,18 @@ from .events import EVENTS, OFTEN
 from .render import render
 from .scene import Dice, Scene, blend, draw_scene
 
-VOCABULARY = ("", *EVENTS)
+# How an event goes on when it is not over at once: it comes late, or little by little.
+PACES = ("late", "slowly")
+VOCABULARY = ("", *EVENTS, *PACES)
 
 
 @dataclass(frozen=True)
 class Clips:
-    """A batch of clips. Shapes: video [B, 3, T, H, W] in [-1, 1]; words [B], into VOCABULARY."""
+    """A batch of clips.
+
+    Shapes: video [B, 3, T, H, W] in [-1, 1]; words [B, 2], into VOCABULARY: the event, and its pace
+    (0 where it is over at once).
+    """
 
     video: Tensor
     words: Tensor
@@ -41,8 +47,8 @@ def make_clips(
     """
     dice = Dice(batch, generator)
     scene = draw_scene(dice)
-    words = _draw_events(dice, event)
-    before, after = _happen(scene, dice, words)
+    events = _draw_events(dice, event)
+    before, after = _happen(scene, dice, events)
     if pace is None:
         paces = ("repeat_target", "repeat_target", "discrete", *WEIGHTS)
         one = Dice(1, generator)
@@ -53,7 +59,14 @@ def make_clips(
         if weight not in shown:
             now = blend(before, after, torch.full_like(before["zoom"], weight))
             shown[weight] = render(now, size=size)
+    words = torch.stack([events, torch.full_like(events, _pace_word(pace))], dim=1)
     return Clips(torch.stack([shown[weight] for weight in weights], dim=2), words)
+
+
+def _pace_word(pace: str) -> int:
+    if pace == "repeat_target":
+        return 0
+    return VOCABULARY.index("late" if pace == "discrete" else "slowly")
 
 
 def _draw_events(dice: Dice, event: str | None) -> Tensor:
@@ -66,11 +79,11 @@ def _draw_events(dice: Dice, event: str | None) -> Tensor:
     return drawn
 
 
-def _happen(scene: Scene, dice: Dice, words: Tensor) -> tuple[Scene, Scene]:
+def _happen(scene: Scene, dice: Dice, events: Tensor) -> tuple[Scene, Scene]:
     """Let each clip's event happen: compute those that occur, keep each in its own clips."""
     before, after = dict(scene), dict(scene)
-    for word in sorted(set(words.tolist())):
-        chosen = words == word
+    for word in sorted(set(events.tolist())):
+        chosen = events == word
         start, end = EVENTS[VOCABULARY[word]](scene, dice)
         for whole, changed in ((before, start), (after, end)):
             for name, values in changed.items():
