@@ -23,7 +23,7 @@ from fewshot_rt.evaluate import score, write_panel
 from fewshot_rt.images import Pixels, read_image
 from fewshot_rt.predict import answer_images
 from fewshot_rt.runs import base_predictor, make_recipe
-from fewshot_rt.task import Task, load_pair
+from fewshot_rt.task import Task
 from fewshot_rt.train import train
 from fewshot_rt.train_config import TrainConfig
 
@@ -213,13 +213,13 @@ def _all_parameters(base: Any) -> list[tuple[str, Any]]:
 def _unet(task: Task, cell: Cell, protocol: Protocol, folder: Path) -> Answer:  # noqa: ARG001
     from .unet import train_unet
 
-    pairs = [load_pair(pair, task.codec) for pair in task.pairs]
+    pairs = list(task.load_pairs())
     net = train_unet(
         np.stack([source for source, _ in pairs]),
         np.stack([target for _, target in pairs]),
         steps=protocol.unet_steps,
         seed=cell.seed,
-        augmentation=Augmentation.parse("auto", codec=task.codec.name),
+        augmentation=Augmentation.parse("auto", codec=task.codec.name, pairs=pairs),
     )
 
     def answer(images: Sequence[Pixels]) -> list[Pixels]:

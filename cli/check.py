@@ -35,7 +35,9 @@ def command(pairs: Path, estimate: bool, config: Path | None, as_json: bool, **f
         write_result(found, as_json=as_json)
         return 1
     task = Task.load(pairs)
-    kinds = Augmentation.parse(settings.augment, codec=task.codec.name).kinds
+    kinds = Augmentation.parse(
+        settings.augment, codec=task.codec.name, pairs=task.split("train").load_pairs()
+    ).kinds
     found |= {
         "train": len(task.split("train").pairs),
         "test": len(task.split("test").pairs),

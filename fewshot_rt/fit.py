@@ -12,7 +12,6 @@ import numpy as np
 import psutil
 
 from .adapter import Provenance, snapshot
-from .augment import Augmentation
 from .bases import open_base
 from .config import make
 from .device import pick_device
@@ -32,7 +31,7 @@ from .runs import (
     write_run,
 )
 from .task import Task
-from .train import STATE_FILE, TrainStep, make_provenance, train
+from .train import STATE_FILE, TrainStep, make_provenance, parse_augmentation, train
 from .train_config import TrainConfig
 
 PANELS = 4  # written on the way, besides the one before the first step
@@ -58,7 +57,7 @@ def fit(
     config = replace(
         config, shots=shots, device=pick_device(config.device), base=settled(config.base)
     )
-    Augmentation.parse(config.augment, codec=task.codec.name)  # before anything is written
+    parse_augmentation(config, chosen)  # before anything is written
     base = open_base(config.base, device=config.device)
     if overwrite:
         remove_run(folder, keep=pairs)
@@ -94,7 +93,7 @@ def estimate(task: Task, config: TrainConfig) -> dict[str, float]:
     config = replace(config, device=pick_device(config.device))
     trial = replace(config, steps=TRIAL_STEPS, variants=1, minutes=None)
     base = open_base(config.base, device=config.device)
-    kinds = Augmentation.parse(config.augment, codec=task.codec.name).kinds
+    kinds = parse_augmentation(config, task.split("train")).kinds
     clips = pairs * (config.variants if kinds else 1)
     with TemporaryDirectory() as folder:
         marks = [time.monotonic()]

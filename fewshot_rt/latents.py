@@ -18,7 +18,7 @@ from .augment import Augmentation
 from .base import Base
 from .files import whole
 from .images import to_model
-from .task import Task, load_pair
+from .task import Task
 
 ENCODE_BATCH = 8
 
@@ -65,7 +65,7 @@ def encode_task(
 def _videos(
     task: Task, size: tuple[int, int], augmentation: Augmentation, variants: int, seed: int
 ) -> Iterator[np.ndarray]:
-    loaded = [load_pair(pair, task.codec) for pair in task.pairs]
+    loaded = list(task.load_pairs())
     for pair in augmentation.variants(loaded, count=variants, seed=seed):
         yield task.transition.video(*(to_model(image, size) for image in pair))
 

@@ -18,7 +18,7 @@ from .base_files import write_base
 from .bases.pocket import TRANSFORMER, PocketBase, open_base
 from .config import to_dict
 from .device import arithmetic, pick_device
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, unknown
 from .optimise import Optimiser, Pace
 from .parallel import agree, join, leave
 from .pretrain_config import PretrainConfig
@@ -26,7 +26,7 @@ from .pretrain_losses import WordDenoiser, denoising_loss, reconstruction_loss
 from .pretrain_panels import append_loss, draw_losses, write_samples
 from .replay import Replay
 from .state import load_state, save_state, uninterrupted
-from .world import VOCABULARY, Clips, make_clips
+from .world import EVENTS, VOCABULARY, Clips, make_clips
 
 FRAMES = 5
 STAGES = ("autoencoder", "denoiser")
@@ -113,6 +113,7 @@ class _Run:
     def __init__(self, config: PretrainConfig, folder: Path, *, rank: int, processes: int) -> None:
         torch.manual_seed(config.seed)
         self.config, self.folder = config, folder
+        self.events = _events(config)
         self.rank, self.processes = rank, processes
         self.clock = _Clock(dict.fromkeys(STAGES, 0.0))
         self.generator = torch.Generator(config.device).manual_seed(config.seed)
@@ -162,10 +163,9 @@ class _Run:
         try:
             taken = dict(base.denoiser().transformer.state_dict())
             transformer = self.denoiser.denoiser.transformer
-            # Channels that the base lacks begin without effect.
-            before, own = taken[PATCHES], transformer.get_parameter(PATCHES)
-            taken[PATCHES] = own.new_zeros(own.shape)
-            taken[PATCHES][:, : before.shape[1]] = before
+            # Waves that the base lacks begin as they were drawn.
+            before, own = taken[PATCHES], transformer.get_parameter(PATCHES).detach()
+            taken[PATCHES] = torch.cat([before, own[:, before.shape[1] :]], dim=1)
             transformer.load_state_dict(taken)
         except RuntimeError as error:
             raise ModelError(
@@ -177,9 +177,10 @@ class _Run:
                 if word in VOCABULARY:
                     self.denoiser.words.weight[VOCABULARY.index(word)] = embedding
         steps, minutes = base.index["steps"]["denoiser"], base.index["minutes"]["denoiser"]
-        before = base.index.get("initialised_from")
+        before, events = base.index.get("initialised_from"), base.index["settings"].get("events")
         name = f"{base.name}, revision {base.revision}"
-        work = f"{steps} steps in {minutes} minutes{' after ' + before if before else ''}"
+        only = f" on {events} only" if events else ""
+        work = f"{steps} steps in {minutes} minutes{only}{' after ' + before if before else ''}"
         self.origin = {"autoencoder_from": name, "initialised_from": f"{name}, {work}"}
 
     def _optimisers(self) -> dict[str, Optimiser]:
@@ -217,7 +218,9 @@ class _Run:
         return float(loss.detach()), batch * self.processes
 
     def _clips(self, count: int, size: int) -> Clips:
-        return make_clips(count, size=size, frames=FRAMES, generator=self.generator)
+        return make_clips(
+            count, size=size, frames=FRAMES, generator=self.generator, events=self.events
+        )
 
     @torch.no_grad()
     def _refill(self, batch: int, size: int) -> None:
@@ -345,6 +348,18 @@ class _Run:
                 "settings": to_dict(self.config),
             },
         )
+
+
+def _events(config: PretrainConfig) -> tuple[str, ...]:
+    """Give the events to play.
+
+    Raises: ConfigError for an unknown one.
+    """
+    names = tuple(part.strip() for part in config.events.split(",")) if config.events else ()
+    for name in names:
+        if name not in EVENTS:
+            raise ConfigError(unknown("event", name, EVENTS))
+    return names or tuple(EVENTS)
 
 
 def _take(module: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ class PretrainConfig:
     init: str | None = option(None, "base whose weights are the first, in place of random ones")
     autoencoder: str | None = option(None, "base whose autoencoder is taken; none is trained then")
     autoencoder_share: float = option(0.15, "share of the time that trains the autoencoder")
+    events: str | None = option(None, "only these events, with commas; a first part for hard ones")
     batch: int = option(32, "clips a step at half size; a quarter of it at native size")
     native: int = option(128, "height and width of the images")
     repeats: int = option(4, "steps that a clip is drawn for; making clips takes time too")

@@ -17,6 +17,9 @@ from .schedule import Schedule
 from .world import VOCABULARY
 
 SCHEDULE = Schedule(kind="flow")  # that of pocket
+# Weights of waves at first. Begun at zero they stayed below a twentieth of the others for minutes,
+# too weak for attention to go by places.
+WAVE_WEIGHT = 0.15
 LATENT_NOISE = 0.02
 # Latents beyond this are pressed back: the decoder clamps at 3.
 WIDEST_LATENT = 2
@@ -31,6 +34,10 @@ class WordDenoiser(nn.Module):
         super().__init__()
         self.denoiser = PocketDenoiser(transformer)
         self.words = nn.Embedding(len(VOCABULARY), width)
+        if self.denoiser.waves:
+            patches = transformer.get_parameter("patch_embedding.weight")
+            with torch.no_grad():
+                patches[:, -self.denoiser.waves :].normal_(std=WAVE_WEIGHT)
 
     def forward(self, noisy: Tensor, moment: Tensor, first: Tensor, words: Tensor) -> Tensor:
         """Predict noise - clean for clips whose event and pace are named, 0 for silence.

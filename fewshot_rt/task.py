@@ -1,7 +1,7 @@
 """A task: pairs, a fixed prompt, a transition, a codec and metrics. A folder and no Python."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -83,6 +83,14 @@ class Task:
             )
         order = np.random.default_rng(seed).permutation(len(train))
         return replace(self, pairs=tuple(train[i] for i in order[:count]))
+
+    def load_pairs(self) -> Iterator[tuple[Pixels, Pixels]]:
+        """Read the pairs one by one, as the video shows them.
+
+        Shapes: inputs and painted targets, uint8 [H, W, 3].
+        Raises: DataError if a file cannot be read.
+        """
+        return (load_pair(pair, self.codec) for pair in self.pairs)
 
     def digest(self) -> str:
         """Give 16 hexadecimal digits over what is learned from.

@@ -92,6 +92,14 @@ def make_provenance(base: Base, task: Task, config: TrainConfig, *, steps: int) 
     )
 
 
+def parse_augmentation(config: TrainConfig, task: Task) -> Augmentation:
+    """Give the variants that the pairs of a task for training get.
+
+    Raises: ConfigError for an unknown kind; DataError if a pair cannot be read.
+    """
+    return Augmentation.parse(config.augment, codec=task.codec.name, pairs=task.load_pairs())
+
+
 class _Loop:
     """The adapter, its optimiser and its data, and how they are saved."""
 
@@ -108,7 +116,7 @@ class _Loop:
             base,
             task,
             size=base.geometry.native,
-            augmentation=Augmentation.parse(config.augment, codec=task.codec.name),
+            augmentation=parse_augmentation(config, task),
             variants=config.variants,
             seed=config.seed,
             cache=cache,

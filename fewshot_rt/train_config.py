@@ -31,7 +31,7 @@ class TrainConfig:
     average: float = option(
         0.95, "weight of the past in the averaged adapter; 0 keeps the last one"
     )
-    augment: str = option("auto", "variants of pairs: auto, none, or flips,turns,crops")
+    augment: str = option("auto", "variants of pairs: auto, none, or flips,turns,crops,colours")
     variants: int = option(16, "variants of each pair, the pair itself included")
     seed: int = option(42, "random seed")
     precision: str = option("auto", "arithmetic of training", choices=PRECISIONS)

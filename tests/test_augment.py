@@ -1,9 +1,11 @@
 """References: the eight symmetries of a square written out, and crops found in the image."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 
-from fewshot_rt.augment import KINDS, LEAST_CROP, Augmentation
+from fewshot_rt.augment import KINDS, LEAST_CROP, OF_PLACES, Augmentation, are_rearranged
 from fewshot_rt.errors import ConfigError
 
 SQUARE = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
@@ -78,8 +80,8 @@ def test_crops_are_windows_of_the_image() -> None:
 @pytest.mark.parametrize(
     ("text", "codec", "kinds"),
     [
-        ("auto", "mask", KINDS),
-        ("auto", "labels", KINDS),
+        ("auto", "mask", OF_PLACES),
+        ("auto", "labels", OF_PLACES),
         ("auto", "rgb", ()),
         ("auto", "gray", ()),
         ("none", "mask", ()),
@@ -88,9 +90,41 @@ def test_crops_are_windows_of_the_image() -> None:
     ],
 )
 def test_texts(text: str, codec: str, kinds: tuple[str, ...]) -> None:
-    assert Augmentation.parse(text, codec=codec).kinds == kinds
+    pairs = [(SQUARE, SQUARE[::-1]), (SQUARE, SQUARE // 2)]  # the last is not rearranged
+    assert Augmentation.parse(text, codec=codec, pairs=pairs).kinds == kinds
+
+
+def test_auto_changes_colours_where_targets_are_inputs_in_another_order() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    puzzle = np.concatenate([noise[8:], noise[:8]])
+    written_again = np.clip(puzzle.astype(int) + rng.integers(-2, 3, puzzle.shape), 0, 255)
+    for codec in ("rgb", "mask"):
+        pairs = [(noise, noise[:, ::-1]), (noise, written_again.astype(np.uint8))]
+        assert Augmentation.parse("auto", codec=codec, pairs=pairs).kinds == ("colours",)
+    # Channels that are never alike, so that swapping them is not a matter of places.
+    source = (noise // [1, 2, 4] + [0, 20, 180]).astype(np.uint8)
+    assert are_rearranged([(source, source[::-1])])
+    assert are_rearranged([(source, source[::-1]), (source, source)])
+    for target in (source, 255 - source, source // 2, source[:, ::-1] // 2, source[..., ::-1]):
+        assert (
+            not are_rearranged([(source, source[::-1]), (source, target)] * 2) or target is source
+        )
+        assert not are_rearranged([(source, target)])
+    assert not are_rearranged([(source, source[:8])])
+    assert not are_rearranged([])
+
+
+def test_colours_are_the_six_orders_with_any_channel_inverted() -> None:
+    made = variants(Augmentation(("colours",)), SQUARE, count=600)
+    expected = []
+    for order in permutations(range(3)):
+        for signs in range(8):
+            inverted = [255 - SQUARE[..., c] if signs >> c & 1 else SQUARE[..., c] for c in order]
+            expected.append(np.stack(inverted, axis=-1))
+    assert distinct(made) == distinct(expected)
 
 
 def test_an_unknown_kind_gets_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown augmentation 'flip'\. Did you mean 'flips'"):
-        Augmentation.parse("crops,flip", codec="mask")
+        Augmentation.parse("crops,flip", codec="mask", pairs=[])

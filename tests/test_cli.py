@@ -104,6 +104,7 @@ def test_help_of_all_is_quick_and_names_every_command():
         (["train", "pairs", "--device", "banana"], "cpu, cuda"),
         (["pretrain", "x", "--device", "tpu"], "cpu, cuda"),
         (["pretrain", "x", "--zero-noise", "0.7", "--pure-noise", "0.4"], "1 at most"),
+        (["pretrain", "x", "--events", "mirror,flop"], "unknown event 'flop'"),
         (["pretrain", "x", "--init", "pocket", "--autoencoder", "pocket"], "only one"),
         (["bench", "taks"], "Did you mean 'tasks'"),
         (["bench", "tasks", "--tasks", "coins"], "coin-masks"),

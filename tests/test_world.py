@@ -105,6 +105,16 @@ def test_all_events_are_drawn_and_the_telling_ones_more_often() -> None:
         assert abs(float(count) - expected) < 5 * expected**0.5, name
 
 
+def test_only_the_events_asked_for_are_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = make_clips(80, size=8, frames=2, generator=generator, events=("mirror", "fog")).words
+    counts = words[:, 0].bincount(minlength=len(VOCABULARY))
+    mirror, fog = (int(counts[VOCABULARY.index(name)]) for name in ("mirror", "fog"))
+    assert mirror + fog == 80
+    expected = 80 * OFTEN["mirror"] / (OFTEN["mirror"] + 1)
+    assert abs(mirror - expected) < 5 * (80 - expected) ** 0.5
+
+
 def test_what_adapters_are_tested_on_is_kept_out() -> None:
     assert len(set(VOCABULARY)) == len(VOCABULARY) == 1 + len(EVENTS) + len(PACES)
     for word in VOCABULARY:

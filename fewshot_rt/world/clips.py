@@ -3,6 +3,7 @@
 Axes: B clips, T frames, H W pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,17 +39,18 @@ def make_clips(
     generator: torch.Generator,
     pace: str | None = None,
     event: str | None = None,
+    events: Sequence[str] = tuple(EVENTS),
 ) -> Clips:
     """Play a batch of clips on the generator's device; the same generator state, the same clips.
 
     pace: how the event goes on over time, as in `Transition`; None draws one for the batch: two in
         three jump straight to the end, which also costs less to paint.
-    event: play only this one; None draws one for each clip.
+    event: play only this one; None draws one for each clip, from `events`.
     """
     dice = Dice(batch, generator)
     scene = draw_scene(dice)
-    events = _draw_events(dice, event)
-    before, after = _happen(scene, dice, events)
+    drawn = _draw_events(dice, events if event is None else (event,))
+    before, after = _happen(scene, dice, drawn)
     if pace is None:
         paces = ("repeat_target", "repeat_target", "discrete", *WEIGHTS)
         one = Dice(1, generator)
@@ -59,7 +61,7 @@ def make_clips(
         if weight not in shown:
             now = blend(before, after, torch.full_like(before["zoom"], weight))
             shown[weight] = render(now, size=size)
-    words = torch.stack([events, torch.full_like(events, _pace_word(pace))], dim=1)
+    words = torch.stack([drawn, torch.full_like(drawn, _pace_word(pace))], dim=1)
     return Clips(torch.stack([shown[weight] for weight in weights], dim=2), words)
 
 
@@ -69,10 +71,11 @@ def _pace_word(pace: str) -> int:
     return VOCABULARY.index("late" if pace == "discrete" else "slowly")
 
 
-def _draw_events(dice: Dice, event: str | None) -> Tensor:
-    if event is not None:
-        return torch.full((dice.batch,), VOCABULARY.index(event), device=dice.generator.device)
-    share = torch.tensor([0.0, *(float(OFTEN.get(name, 1)) for name in EVENTS)])
+def _draw_events(dice: Dice, events: Sequence[str]) -> Tensor:
+    if len(events) == 1:
+        number = VOCABULARY.index(events[0])
+        return torch.full((dice.batch,), number, device=dice.generator.device)
+    share = torch.tensor([float(name in events) * OFTEN.get(name, 1) for name in VOCABULARY])
     drawn = torch.multinomial(
         share.to(dice.generator.device), dice.batch, replacement=True, generator=dice.generator
     )

@@ -168,7 +168,8 @@ def _colour_returns(scene: Scene, dice: Dice) -> tuple[Scene, Scene]:
 
 EVENTS |= {"colour": _colour_returns, "drain": _coloured(colour=0.0), "hue": _coloured(hue=1.0)}
 
-# Events that need to know what an object is come more often: they are what perception needs.
+# Events that need to know what an object is, or where things go, come more often: they take long to
+# learn.
 OFTEN = {
     "silhouette": 10,
     "silhouette-kind": 4,
@@ -178,8 +179,11 @@ OFTEN = {
     "uncover": 3,
     "denoise": 3,
     "colour": 3,
-    "mirror": 4,
-    "zoom-in": 2,
+    "mirror": 8,
+    "zoom-in": 4,
+    "zoom-out": 2,
+    "roll-left": 2,
+    "roll-right": 2,
     "depth": 4,
     "labels": 5,
     "vanish": 2,
