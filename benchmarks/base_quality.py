@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewshot_rt.errors import ConfigError
 from fewshot_rt.images import Pixels, to_model, to_uint8
 from fewshot_rt.metrics import psnr, ssim
 from fewshot_rt.sample import sample
@@ -19,7 +20,8 @@ from fewshot_rt.world import EVENTS, make_clips
 from .photographs import NAMES, of_photographs
 from .record import Record
 
-SEED = 1_000_003  # of the clips; pretraining draws from small seeds
+SEED = 1 << 40  # of the clips; pretraining draws from smaller seeds
+LEAST_SKILL = -1.0
 BATCH = 8
 FRAMES = 5
 
@@ -54,12 +56,15 @@ def measure_events(base: Any, *, count: int, size: int | None = None) -> Record:
     """Measure what one step from zero noise makes of clips whose event is named, event by event.
 
     skill: 1 - error / error of the better of copying the first frame and showing the mean of the
-    other clips' last ones; 1 is perfect, 0 no better. autoencoder: the skill of the last frame
-    encoded and decoded, which bounds it.
+    other clips' last ones; 1 is perfect, 0 no better, below -1 counts as -1. autoencoder: the skill
+    of the last frame encoded and decoded, which bounds it.
 
     count: clips of each event, at least 2. size: a side of them; None is the native one.
+    Raises: ConfigError if the size does not fit the base.
     """
     size = size or base.geometry.native[0]
+    if size % base.geometry.multiple:
+        raise ConfigError(f"size must be a multiple of {base.geometry.multiple}, not {size}")
     variants = {event: _knowledge(base, event, count, size) for event in EVENTS}
     names = next(iter(variants.values()))
     mean = {name: float(np.mean([values[name] for values in variants.values()])) for name in names}
@@ -88,7 +93,7 @@ def _restoration(base: Any, video: Tensor) -> dict[str, float]:
 def _knowledge(base: Any, event: str, count: int, size: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(SEED + list(EVENTS).index(event))
     video = make_clips(
-        count, size=size, generator=generator, frames=FRAMES, event=event, pace="repeat_target"
+        count, size=size, generator=generator, frames=FRAMES, events=(event,), pace="repeat_target"
     ).video
     first, last = video[:, :, 0], video[:, :, -1]
     found = [_answers(base, part, base.embed(event)) for part in video.split(BATCH)]
@@ -98,7 +103,8 @@ def _knowledge(base: Any, event: str, count: int, size: int) -> dict[str, float]
     }
     mean_of_others = (last.sum(dim=0, keepdim=True) - last) / (count - 1)
     least = max(1e-9, min(_error(answer, last) for answer in (first, mean_of_others)))
-    return {name: 1 - _error(answer, last) / least for name, answer in answers.items()}
+    skills = {name: 1 - _error(answer, last) / least for name, answer in answers.items()}
+    return {name: max(LEAST_SKILL, skill) for name, skill in skills.items()}
 
 
 def _answers(base: Any, video: Tensor, prompt: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Learning records together: tables of tasks and methods, and curves over the number of pairs.
 
-Figures are skills: 1 - error / error of the best baseline (copy, mean target, nearest pair), with
-the squared error of pictures; 1 is perfect, 0 no better than a baseline, below -1 counts as -1.
+Figures are skills: 1 - error / error of the best baseline (copy, mean target, nearest pair, Otsu's
+threshold for masks), with the squared error of pictures; 1 is perfect, 0 no better than a baseline,
+below -1 counts as -1.
 Source: Murphy 1988 (skill scores).
 """
 
@@ -12,41 +13,50 @@ from typing import Any
 
 import numpy as np
 
-from .draws import demo_packages
+from fewshot_rt.errors import DataError
+
 from .markdown import table
 from .record import Record
 
 KIND = "learning"  # of records
-BASELINES = ("copy", "mean target", "nearest pair")
+BASELINES = ("copy", "mean target", "nearest pair", "otsu")
 LEAST_SKILL = -1.0
-# Skills by task, method and number of pairs: one a seed.
-Skills = Mapping[tuple[str, str, int], list[float]]
+# Skills by task, method and number of pairs, each by seed.
+Skills = Mapping[tuple[str, str, int], dict[int, float]]
 
 
 def latest_comparison(records: Sequence[Record]) -> list[Record]:
-    """Take the learning records that belong together with the newest: one base, one protocol."""
+    """Take the learning records that belong together with the newest: one base, one protocol.
+
+    Of a task measured twice with one number of pairs and one seed, the newest record counts.
+    """
     records = [record for record in records if record.kind == KIND]
     if not records:
         return []
-    own = ("group", "metric", "shots", "seed")
+    own = ("group", "moves", "metric", "shots", "seed")
 
     def shared(record: Record) -> dict[str, Any]:
         return {key: value for key, value in record.settings.items() if key not in own}
 
     newest = shared(max(records, key=lambda record: record.date))
-    return [record for record in records if shared(record) == newest]
+    together = {}
+    for record in sorted(records, key=lambda record: record.date):
+        if shared(record) == newest:
+            settings = record.settings
+            together[record.case, settings["shots"], settings["seed"]] = record
+    return list(together.values())
 
 
 def find_skills(records: Iterable[Record]) -> Skills:
     """Give the skill of every method in every record."""
-    skills: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    skills: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for record in records:
-        best = min(record.variants[name]["error"] for name in BASELINES)
-        for name, values in record.variants.items():
-            if "seconds" in values:
-                skill = 1 - values["error"] / max(best, 1e-9)
-                key = (record.case, name, int(record.settings["shots"]))
-                skills[key].append(max(LEAST_SKILL, skill))
+        variants, settings = record.variants, record.settings
+        best = min(variants[name]["error"] for name in BASELINES if name in variants)
+        for name, values in variants.items():
+            skill = 1 - values["error"] / max(best, 1e-9)
+            key = (record.case, name, int(settings["shots"]))
+            skills[key][int(settings["seed"])] = max(LEAST_SKILL, skill)
     return skills
 
 
@@ -86,14 +96,16 @@ def make_mean_table(records: Sequence[Record]) -> str:
 def make_group_table(records: Sequence[Record], *, shots: int) -> str:
     """Make a Markdown table of mean skills with a number of pairs, methods by groups of tasks.
 
+    Besides the groups that tasks belong to: masks, and places (what is seen moves).
     Raises: ValueError if there is no record with so many pairs.
     """
     records = _of_shots(records, shots)
     skills = find_skills(records)
     groups: dict[str, list[str]] = {"all": _tasks(skills, shots)}
     for record in records:
-        is_mask = record.settings["metric"] == "iou"
-        for group in (record.settings["group"], *(["masks"] if is_mask else [])):
+        settings = record.settings
+        marks = {"masks": settings["metric"] == "iou", "places": settings["moves"]}
+        for group in (settings["group"], *(mark for mark, is_so in marks.items() if is_so)):
             if record.case not in groups.setdefault(group, []):
                 groups[group].append(record.case)
     rows = [
@@ -109,8 +121,13 @@ def require_plots() -> None:
 
     Raises: DataError if matplotlib is not installed.
     """
-    with demo_packages():
+    try:
         import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise DataError(
+            "curves need the package 'matplotlib', which is not installed. "
+            "Install fewshot-rt[demo]."
+        ) from error
 
 
 def draw_curves(records: Sequence[Record], path: Path) -> None:
@@ -155,14 +172,14 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
 def _points(
     skills: Skills, method: str, tasks: Sequence[str]
 ) -> list[tuple[int, float, float, float]]:
-    """Give pairs, mean, least and greatest over seeds, where all tasks are there."""
+    """Give pairs, mean, least and greatest over the seeds that all tasks have, if there are any."""
     points = []
     for shots in sorted({key[2] for key in skills}):
         found = [skills[task, method, shots] for task in tasks if (task, method, shots) in skills]
-        if len(found) < len(tasks):
+        seeds = set.intersection(*map(set, found)) if len(found) == len(tasks) else ()
+        if not seeds:
             continue
-        seeds = min(map(len, found))
-        means = np.array([values[:seeds] for values in found]).mean(axis=0)
+        means = np.array([np.mean([values[seed] for values in found]) for seed in sorted(seeds)])
         points.append((shots, float(means.mean()), float(means.min()), float(means.max())))
     return points
 

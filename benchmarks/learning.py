@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fewshot_rt.augment import Augmentation
+from fewshot_rt.base import Base
 from fewshot_rt.baselines import make_baselines
 from fewshot_rt.bases import open_base
 from fewshot_rt.codecs import Codec
@@ -34,6 +35,8 @@ from .tasks import TaskCase, write_task
 MOST_PAIRS = 30
 # All weights at once want smaller steps than an adapter's; not tuned.
 FULL_RATE = 0.001
+# Settings of training that a cell has for itself, or that change nothing.
+OF_A_CELL = ("seed", "shots", "save_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +79,15 @@ def run_cells(
     """Measure cells; those that a known record holds already are yielded without a record.
 
     panels: write input | answer | target of our adapter there.
-    Raises: ConfigError for an unknown method; DataError, ModelError.
+    Raises: ConfigError for an unknown method, or a size or number that does not fit; DataError,
+        ModelError.
     """
-    for name in methods:
-        if name not in METHODS:
-            raise ConfigError(unknown("method", name, METHODS))
+    base = open_base(protocol.base)
+    _require(cells, protocol, methods, base)
     done = [record for record in known if record.kind == KIND]
-    shared = {**asdict(protocol), "revision": open_base(protocol.base).revision}
     with TemporaryDirectory() as folder:
         for cell in cells:
-            settings = {
-                "group": cell.case.group,
-                "metric": cell.case.metric,
-                "shots": cell.shots,
-                "seed": cell.seed,
-                **shared,
-            }
+            settings = _settings(cell, protocol, revision=base.revision)
             wanted = {name for name in methods if _fits(name, cell.case.codec)}
             if any(
                 (record.case, dict(record.settings)) == (cell.case.name, settings)
@@ -100,15 +96,7 @@ def run_cells(
             ):
                 yield cell, None
                 continue
-            place = Path(folder) / cell.case.name
-            if not place.exists():
-                sizes = {
-                    "train": min(MOST_PAIRS, cell.case.most),
-                    "test": protocol.test,
-                    "size": protocol.size,
-                }
-                write_task(cell.case, place, **sizes, seed=0)
-            variants = _measure(cell, protocol, methods, place, panels)
+            variants = _measure(cell, protocol, methods, _written(cell, protocol, folder), panels)
             yield (
                 cell,
                 Record(
@@ -119,6 +107,51 @@ def run_cells(
                     variants=variants,
                     settings=settings,
                 ),
+            )
+
+
+def _settings(cell: Cell, protocol: Protocol, *, revision: str) -> dict[str, Any]:
+    """Give what a record says of its cell: what is its own, then what one comparison shares."""
+    training = vars(_training(protocol))
+    return {
+        "group": cell.case.group,
+        "moves": cell.case.moves,
+        "metric": cell.case.metric,
+        "shots": cell.shots,
+        "seed": cell.seed,
+        **asdict(protocol),
+        "revision": revision,
+        "training": {name: v for name, v in training.items() if name not in OF_A_CELL},
+        "full_rate": FULL_RATE,
+    }
+
+
+def _written(cell: Cell, protocol: Protocol, folder: str) -> Path:
+    """Write the pairs of a cell's task and seed, all that any number takes, once."""
+    place = Path(folder) / f"{cell.case.name}-{cell.seed}"
+    if not place.exists():
+        train = min(MOST_PAIRS, cell.case.most)
+        sizes = {"train": train, "test": protocol.test, "size": protocol.size}
+        write_task(cell.case, place, **sizes, seed=cell.seed)
+    return place
+
+
+def _require(cells: Sequence[Cell], protocol: Protocol, methods: Sequence[str], base: Base) -> None:
+    """Find what is wrong before hours are spent.
+
+    Raises: ConfigError.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise ConfigError(unknown("method", name, METHODS))
+    multiple = base.geometry.multiple
+    if protocol.size < multiple or protocol.size % multiple:
+        raise ConfigError(f"size must be a multiple of {multiple}, not {protocol.size}")
+    for cell in cells:
+        most = min(MOST_PAIRS, cell.case.most)
+        if not 1 <= cell.shots <= most:
+            raise ConfigError(
+                f"{cell.shots} pairs were asked for, and {cell.case.name} has 1 to {most}"
             )
 
 
@@ -183,7 +216,7 @@ def _network(
     base.geometry = replace(base.geometry, native=(protocol.size, protocol.size))
     if not is_pretrained:
         _forget(base, cell.seed)
-    config = TrainConfig(base=protocol.base, steps=protocol.steps, seed=cell.seed, device="cpu")
+    config = replace(_training(protocol), seed=cell.seed)
     if is_whole:
         config = replace(config, rate=FULL_RATE)
     recipe = make_recipe(base, task, config)
@@ -195,14 +228,21 @@ def _network(
     return partial(answer_images, base_predictor(base, recipe, task.prompt, origin="cell"))
 
 
+def _training(protocol: Protocol) -> TrainConfig:
+    return TrainConfig(base=protocol.base, steps=protocol.steps, device="cpu")
+
+
 def _forget(base: Any, seed: int) -> None:
     """Give the denoiser random weights, as it had before pretraining."""
     import torch
+
+    from fewshot_rt.bases.pocket import draw_wave_weights
 
     transformer = base.denoiser().transformer
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh = type(transformer).from_config(transformer.config)
+        draw_wave_weights(fresh)
     transformer.load_state_dict(fresh.state_dict())
 
 

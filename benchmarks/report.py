@@ -79,7 +79,9 @@ def _qualities(record: Record) -> str:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
+    if value == round(value) and abs(value) >= 10:
+        return f"{value:.0f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def _latencies(record: Record) -> str:

@@ -131,7 +131,7 @@ def _play(event: str, seed: int, size: int) -> Pair:
 
     generator = torch.Generator().manual_seed(seed)
     clips = make_clips(
-        1, size=size, frames=2, generator=generator, event=event, pace="repeat_target"
+        1, size=size, frames=2, generator=generator, events=(event,), pace="repeat_target"
     )
     frames = to_uint8(clips.video[0].permute(1, 2, 3, 0).numpy())
     return frames[0], frames[1]

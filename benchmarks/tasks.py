@@ -1,7 +1,8 @@
 """The tasks that `fewshot-rt bench tasks` measures on, each drawn anew from a seed.
 
-Three groups: events that pocket saw in its world ("world"), changes of such scenes that it never
-saw ("kept-out"), and photographs, of which it never saw any.
+Three groups: events of pocket's world on fresh scenes ("world"), changes of kinds that it plays on
+photographs, of which pocket saw none ("photographs"), and changes that were kept out of the world,
+on scenes and on photographs ("kept-out").
 
 Axes: N pairs, H W pixels.
 """
@@ -22,7 +23,7 @@ from fewshot_rt.pairs import SPLITS
 from . import photographs, scenes
 from .draws import Draw, Pair, resized, resized_mask
 
-GROUPS = ("world", "kept-out", "photographs")
+GROUPS = ("world", "photographs", "kept-out")
 # Which quarter of the input stands where in the target: top left and right, bottom left and right.
 SHUFFLE = (3, 0, 1, 2)
 
@@ -36,6 +37,7 @@ class TaskCase:
         uint8 [N, H, W, 3]; the same arguments, the same pairs; those of a smaller count come first
         in a larger one; train and test share no material.
     colours: of the classes of "labels" in files. most: pairs for training that there are.
+    moves: what is seen goes to other places, too far for a network of small convolutions.
     """
 
     name: str
@@ -46,6 +48,7 @@ class TaskCase:
     draw: Draw
     colours: tuple[tuple[int, int, int], ...] = ()
     most: int = sys.maxsize
+    moves: bool = False
 
 
 def write_task(
@@ -142,12 +145,8 @@ def _world(event: str, codec: str, about: str) -> TaskCase:
     draw = scenes.of_labels() if is_labels else scenes.of_event(event, is_mask=codec == "mask")
     colours = scenes.LABELS if is_labels else ()
     metric = default_metrics(codec)[0]
-    return TaskCase(f"scene-{event}", "world", codec, metric, about, draw, colours)
-
-
-def _kept_out(name: str, draw: Draw, about: str, *, codec: str = "rgb") -> TaskCase:
-    metric = default_metrics(codec)[0]
-    return TaskCase(f"scene-{name}", "kept-out", codec, metric, about, draw)
+    moves = event == "mirror"
+    return TaskCase(f"scene-{event}", "world", codec, metric, about, draw, colours, moves=moves)
 
 
 def _photographs(name: str, draw: Draw, about: str, *, codec: str = "rgb") -> TaskCase:
@@ -155,8 +154,13 @@ def _photographs(name: str, draw: Draw, about: str, *, codec: str = "rgb") -> Ta
     return TaskCase(name, "photographs", codec, metric, about, draw)
 
 
-def _of_crops(change: Callable[[Pixels], Pixels]) -> Draw:
-    return photographs.of_photographs(lambda crop, _: (crop, change(crop)))
+def _moving(name: str, group: str, change: Callable[[Pixels], Pixels], about: str) -> TaskCase:
+    """Make the task of a change of places, of scenes if it is called so, else of photographs."""
+    if name.startswith("scene-"):
+        draw = scenes.of_change(change)
+    else:
+        draw = photographs.of_photographs(lambda crop, _: (crop, change(crop)))
+    return TaskCase(name, group, "rgb", "psnr", about, draw, moves=True)
 
 
 _CASES = (
@@ -166,11 +170,16 @@ _CASES = (
     _world("outline", "gray", "scenes -> the outlines of objects"),
     _world("mirror", "rgb", "scenes -> left and right swapped"),
     _world("drain", "rgb", "scenes -> without colour"),
-    _kept_out("flip", scenes.of_change(flip), "scenes -> top and bottom swapped"),
-    _kept_out("quarter-turn", scenes.of_change(turn), "scenes -> turned by 90 degrees"),
-    _kept_out("jigsaw", scenes.of_change(jigsaw), "scenes -> quarters moved round"),
-    _kept_out(
-        "keypoints", scenes.of_keypoints(), "scenes -> dots at centres of objects", codec="mask"
+    _moving("scene-flip", "kept-out", flip, "scenes -> top and bottom swapped"),
+    _moving("scene-quarter-turn", "kept-out", turn, "scenes -> turned by 90 degrees"),
+    _moving("scene-jigsaw", "kept-out", jigsaw, "scenes -> quarters moved round"),
+    TaskCase(
+        "scene-keypoints",
+        "kept-out",
+        "mask",
+        "iou",
+        "scenes -> dots at centres of objects",
+        scenes.of_keypoints(),
     ),
     _photographs("coin-masks", photographs.of_coins(), "coins -> their masks", codec="mask"),
     _photographs(
@@ -193,9 +202,9 @@ _CASES = (
         photographs.of_photographs(photographs.inpainting),
         "photographs under a gray square -> the whole ones",
     ),
-    _photographs("mirror", _of_crops(mirror), "photographs -> left and right swapped"),
-    _photographs("flip", _of_crops(flip), "photographs -> top and bottom swapped"),
-    _photographs("zoom", _of_crops(zoom), "photographs -> their middle at twice the size"),
-    _photographs("jigsaw", _of_crops(jigsaw), "photographs -> quarters moved round"),
+    _moving("mirror", "photographs", mirror, "photographs -> left and right swapped"),
+    _moving("zoom", "photographs", zoom, "photographs -> their middle at twice the size"),
+    _moving("flip", "kept-out", flip, "photographs -> top and bottom swapped"),
+    _moving("jigsaw", "kept-out", jigsaw, "photographs -> quarters moved round"),
 )
 TASKS: dict[str, TaskCase] = {case.name: case for case in _CASES}

@@ -20,7 +20,11 @@ class _Benches(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0] not in MODULES and args[0] not in ctx.help_option_names):
             near = get_close_matches(args[0], MODULES, n=1, cutoff=0.7) if args else []
-            if near and not any((place / args[0]).exists() for place in (Path(), RUNS)):
+            if (
+                near
+                and "--runs" not in args
+                and not any((place / args[0]).exists() for place in (Path(), RUNS))
+            ):
                 raise click.UsageError(unknown("bench or run", args[0], MODULES), ctx)
             args = [DEFAULT, *args]
         return super().parse_args(ctx, args)

@@ -46,7 +46,13 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--size", default=128, show_default=True, help="Side of the images.")
 @click.option("--steps", default=200, show_default=True, help="Updates of each training.")
 @click.option("--unet-steps", default=150, show_default=True, help="Updates of the U-Net.")
-@click.option("--test", default=16, show_default=True, help="Test images of each task.")
+@click.option(
+    "--test",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Test images of each task.",
+)
 @click.option("--nuclei", type=FOLDER, help="Folder of nuclei and masks, as one more task.")
 @click.option("--results", type=FOLDER, help="Add records there, and leave out what they hold.")
 @click.option("--panels", type=FOLDER, help="Write input | answer | target of ours there.")

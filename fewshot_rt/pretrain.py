@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .autoencoder import AutoencoderConfig, TinyVideoAutoencoder
 from .base_files import write_base
-from .bases.pocket import TRANSFORMER, PocketBase, open_base
+from .bases.pocket import PATCHES, TRANSFORMER, PocketBase, open_base
 from .config import to_dict
 from .device import arithmetic, pick_device
 from .errors import ConfigError, ModelError, unknown
@@ -30,9 +30,10 @@ from .world import EVENTS, VOCABULARY, Clips, make_clips
 
 FRAMES = 5
 STAGES = ("autoencoder", "denoiser")
-PATCHES = "patch_embedding.weight"
-# Clips are made together: this many pixels a frame at least. A few at a time cost twice as much.
-LEAST_PIXELS = 32 * 64 * 64
+STATE_FILE = "state/pretrain.pt"
+# Clips are made this many at once, at least, and fewer where they are large: a few at a time cost
+# more each.
+MADE_AT_ONCE, MADE_PIXELS = 32, 32 * 64 * 64
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class _Clock:
 
     spent: dict[str, float]
 
-    def progress(self, stage: str, config: PretrainConfig) -> float:
-        share = 0.0 if config.autoencoder or config.init else config.autoencoder_share
+    def progress(self, stage: str, config: PretrainConfig, *, is_taken: bool) -> float:
+        """Give the share of a stage's time. is_taken: the autoencoder needs none."""
+        share = 0.0 if is_taken else config.autoencoder_share
         share = share if stage == "autoencoder" else 1 - share
         budget = 60 * config.minutes * share
         return self.spent[stage] / budget if budget else 1.0
@@ -65,34 +67,32 @@ def pretrain(config: PretrainConfig, folder: Path) -> Iterator[PretrainStep]:
 
     At the end, at checkpoints, and when it is left early (Ctrl-C), the state is saved; after the
     autoencoder's stage the folder is then a base that `train --base FOLDER` takes.
-    Raises: ModelError if the folder holds a run with other sizes, or a gradient is no number.
+    Raises: ConfigError if a setting does not fit; ModelError if the folder holds a run with other
+    sizes, a base is missing or does not fit, or a gradient is no number.
     """
     config = replace(config, device=pick_device(config.device))
     rank, count = join(config.device)
-    if config.batch // 4 % count:
-        raise ConfigError(
-            f"a quarter of the batch, {config.batch // 4}, is not shared evenly by {count} "
-            f"processes: give --batch {4 * count * max(1, config.batch // 4 // count)}."
-        )
-    run = _Run(config, folder, rank=rank, processes=count)
-    run.resume()
-    run.part_ways()
     try:
-        for stage in STAGES:
-            # Once its latents are measured, the autoencoder is frozen: the denoiser learns them.
-            if stage == "denoiser" or not run.autoencoder.config.latents_std:
-                yield from _train_stage(run, stage)
-                run.finish(stage)
+        run = _Run(config, folder, rank=rank, processes=count)
+        run.resume()
+        run.part_ways()
+        try:
+            for stage in STAGES:
+                # Once its latents are measured, the autoencoder is frozen.
+                if stage == "denoiser" or not run.autoencoder.config.latents_std:
+                    yield from _train_stage(run, stage)
+                    run.finish(stage)
+        finally:
+            with uninterrupted():
+                run.save()
     finally:
-        with uninterrupted():
-            run.save()
         leave()
 
 
 def _train_stage(run: "_Run", stage: str) -> Iterator[PretrainStep]:
     config = run.config
     last_save = time.monotonic()
-    while (progress := agree(run.clock.progress(stage, config))) < 1:
+    while (progress := agree(run.progress(stage))) < 1:
         started = time.monotonic()
         with uninterrupted():
             loss, clips = run.step(stage, progress)
@@ -112,13 +112,20 @@ class _Run:
 
     def __init__(self, config: PretrainConfig, folder: Path, *, rank: int, processes: int) -> None:
         torch.manual_seed(config.seed)
+        if config.batch // 4 % processes:
+            raise ConfigError(
+                f"a quarter of the batch, {config.batch // 4}, is not shared evenly by {processes} "
+                f"processes: give --batch {4 * processes * max(1, config.batch // 4 // processes)}."
+            )
         self.config, self.folder = config, folder
         self.events = _events(config)
         self.rank, self.processes = rank, processes
         self.clock = _Clock(dict.fromkeys(STAGES, 0.0))
         self.generator = torch.Generator(config.device).manual_seed(config.seed)
         self.origin = {"autoencoder_from": "", "initialised_from": ""}
-        first = open_base(config.init, device=config.device) if config.init else None
+        # A state holds all that the first weights came to.
+        is_new = not (folder / STATE_FILE).is_file()
+        first = open_base(config.init, device=config.device) if config.init and is_new else None
         self.autoencoder = first.autoencoder if first else self._make_autoencoder()
         self.autoencoder.requires_grad_(True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.replay = Replay()
@@ -170,18 +177,15 @@ class _Run:
         except RuntimeError as error:
             raise ModelError(
                 f"the base {self.config.init} has other sizes ({error}). Give the --layers and "
-                "--heads that it was begun with."
+                "--heads that it was begun with, or another base."
             ) from error
         with torch.no_grad():
             for word, embedding in zip(base.prompts.words, base.prompts.embeddings, strict=True):
                 if word in VOCABULARY:
                     self.denoiser.words.weight[VOCABULARY.index(word)] = embedding
-        steps, minutes = base.index["steps"]["denoiser"], base.index["minutes"]["denoiser"]
-        before, events = base.index.get("initialised_from"), base.index["settings"].get("events")
         name = f"{base.name}, revision {base.revision}"
-        only = f" on {events} only" if events else ""
-        work = f"{steps} steps in {minutes} minutes{only}{' after ' + before if before else ''}"
-        self.origin = {"autoencoder_from": name, "initialised_from": f"{name}, {work}"}
+        work = _work(base.index)
+        self.origin = {"autoencoder_from": name, "initialised_from": f"{name}{work}"}
 
     def _optimisers(self) -> dict[str, Optimiser]:
         config = self.config
@@ -200,6 +204,11 @@ class _Run:
             ),
         }
 
+    def progress(self, stage: str) -> float:
+        """Say how much of a stage is done, in [0, 1] or beyond."""
+        is_taken = bool(self.origin["autoencoder_from"])
+        return self.clock.progress(stage, self.config, is_taken=is_taken)
+
     def step(self, stage: str, progress: float) -> tuple[float, int]:
         """Do one step; give the loss and the number of clips."""
         at_native = stage == "denoiser" and progress >= self.config.half_share
@@ -209,11 +218,13 @@ class _Run:
         with arithmetic(torch.device(self.config.device), "auto"):
             if stage == "autoencoder":
                 video = self._clips(batch, size).video
-                loss = reconstruction_loss(self.autoencoder, video, self.generator)
+                loss = reconstruction_loss(self.autoencoder, video, generator=self.generator)
             else:
                 self._refill(batch, size)
                 clips = self.replay.draw(batch, self.generator)
-                loss = denoising_loss(self._predict, *clips, self.config, self.generator)
+                loss = denoising_loss(
+                    self._predict, clips, config=self.config, generator=self.generator
+                )
         self.optimisers[stage].step(loss, progress=progress)
         return float(loss.detach()), batch * self.processes
 
@@ -227,13 +238,14 @@ class _Run:
         """Make as many new clips as the steps use up, many at once; some more at first."""
         grid = size // self.autoencoder.config.space_factor
         self.owed += batch / self.config.repeats
-        least = -(-LEAST_PIXELS // size**2)
+        least = max(1, min(MADE_AT_ONCE, MADE_PIXELS // size**2))
         if self.replay.lacks(grid):
             self.owed = max(4 * batch, least)
         if self.owed < least:
             return
-        clips = self._clips(int(self.owed), size)
-        self.owed = 0.0
+        count = int(self.owed)
+        self.owed -= count
+        clips = self._clips(count, size)
         self.replay.add(self.autoencoder.encode(clips.video).float(), clips.words)
 
     def finish(self, stage: str) -> None:
@@ -264,13 +276,13 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from a saved state, if there is one."""
-        path = self.folder / "state" / "pretrain.pt"
+        path = self.folder / STATE_FILE
         if not path.is_file():
             return
         mend = "Give the --layers and --heads that it was begun with, or another folder."
-        load_state(path, self._take, mend=mend)
+        load_state(path, self._restore, mend=mend)
 
-    def _take(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         self.autoencoder.load_state_dict(state["autoencoder"])
         self.denoiser.load_state_dict(state["denoiser"])
         for stage, values in state["optimisers"].items():
@@ -291,7 +303,7 @@ class _Run:
 
     def _draw_others(self, number: int) -> None:
         """Draw other clips from now on than before, and than with another number."""
-        count = self.optimisers["denoiser"].step_count
+        count = sum(optimiser.step_count for optimiser in self.optimisers.values())
         self.generator.manual_seed(1000 * (self.config.seed + 1) * (count + 1) + number)
 
     def note(self, step: PretrainStep) -> None:
@@ -318,7 +330,7 @@ class _Run:
             "device": self.config.device,
             "generator": self.generator.get_state(),
         }
-        save_state(self.folder / "state" / "pretrain.pt", state)
+        save_state(self.folder / STATE_FILE, state)
         draw_losses(self.folder, self.folder / "panels" / "losses.png")
         if config.latents_std:
             self._write_base()
@@ -348,6 +360,16 @@ class _Run:
                 "settings": to_dict(self.config),
             },
         )
+
+
+def _work(index: dict[str, Any]) -> str:
+    """Say what went into a base, as far as it tells, to go behind its name."""
+    steps, minutes = (index.get(name, {}).get("denoiser") for name in ("steps", "minutes"))
+    events, before = index.get("settings", {}).get("events"), index.get("initialised_from")
+    work = f" ({steps} steps in {minutes} minutes" if steps else " ("
+    work += f" on {events} only" if events else ""
+    work += f"; begun from {before}" if before else ""
+    return work + ")" if work != " (" else ""
 
 
 def _events(config: PretrainConfig) -> tuple[str, ...]:

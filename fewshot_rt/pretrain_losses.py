@@ -11,15 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .autoencoder import TinyVideoAutoencoder
-from .bases.pocket import PROMPT_WORDS, PocketDenoiser
+from .bases.pocket import PROMPT_WORDS, PocketDenoiser, draw_wave_weights
 from .pretrain_config import PretrainConfig
 from .schedule import Schedule
 from .world import VOCABULARY
 
 SCHEDULE = Schedule(kind="flow")  # that of pocket
-# Weights of waves at first. Begun at zero they stayed below a twentieth of the others for minutes,
-# too weak for attention to go by places.
-WAVE_WEIGHT = 0.15
 LATENT_NOISE = 0.02
 # Latents beyond this are pressed back: the decoder clamps at 3.
 WIDEST_LATENT = 2
@@ -34,10 +31,7 @@ class WordDenoiser(nn.Module):
         super().__init__()
         self.denoiser = PocketDenoiser(transformer)
         self.words = nn.Embedding(len(VOCABULARY), width)
-        if self.denoiser.waves:
-            patches = transformer.get_parameter("patch_embedding.weight")
-            with torch.no_grad():
-                patches[:, -self.denoiser.waves :].normal_(std=WAVE_WEIGHT)
+        draw_wave_weights(transformer)
 
     def forward(self, noisy: Tensor, moment: Tensor, first: Tensor, words: Tensor) -> Tensor:
         """Predict noise - clean for clips whose event and pace are named, 0 for silence.
@@ -46,14 +40,16 @@ class WordDenoiser(nn.Module):
         """
         event, pace = words.unbind(1)
         # Said over and over, as `PromptTable.ids` does: "mirror", or "mirror slowly".
-        said = torch.stack([event, torch.where(pace == 0, event, pace)], dim=1)
+        said = torch.stack(
+            [torch.where(event == 0, pace, event), torch.where(pace == 0, event, pace)], dim=1
+        )
         prompt = self.words(said.repeat(1, PROMPT_WORDS // 2))
         prediction: Tensor = self.denoiser(noisy, moment, first, prompt)
         return prediction
 
 
 def reconstruction_loss(
-    autoencoder: TinyVideoAutoencoder, video: Tensor, generator: torch.Generator
+    autoencoder: TinyVideoAutoencoder, video: Tensor, *, generator: torch.Generator
 ) -> Tensor:
     """Compare a video with what comes back: pixels and their differences, absolute.
 
@@ -69,8 +65,8 @@ def reconstruction_loss(
 
 def denoising_loss(
     predict: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    latents: Tensor,
-    words: Tensor,
+    clips: tuple[Tensor, Tensor],
+    *,
     config: PretrainConfig,
     generator: torch.Generator,
 ) -> Tensor:
@@ -79,10 +75,11 @@ def denoising_loss(
     Many clips are at the last time with the noise left out: the state from which one-step adapters
     start.
 
-    predict: takes noisy latents, time, first frame and words. Shapes: latents [B, C, F, h, w];
-    words [B, 2].
+    predict: takes noisy latents, time, first frame and words. clips: latents and words.
+    Shapes: latents [B, C, F, h, w]; words [B, 2].
     Source: Lipman et al. 2023, eq. 23; times are logit-normal, Esser et al. 2024, sec. 3.1.
     """
+    latents, words = clips
     batch, device = latents.shape[0], latents.device
     draw = torch.rand((2, batch), generator=generator, device=device)
     normal = torch.randn((batch,), generator=generator, device=device)

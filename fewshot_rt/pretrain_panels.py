@@ -36,7 +36,7 @@ def write_samples(folder: Path, path: Path) -> None:
     for event in EVENTS:
         size = base.geometry.native[0]
         video = make_clips(
-            1, size=size, generator=generator, event=event, pace="repeat_target"
+            1, size=size, generator=generator, events=(event,), pace="repeat_target"
         ).video
         conditions = base.condition(video[:, :, 0]) | base.embed(event)
         latents = base.encode(video)

@@ -23,7 +23,7 @@ class Replay:
     def add(self, latents: Tensor, words: Tensor) -> None:
         """Take clips in and let the oldest go; clips of another size than these all go.
 
-        Shapes: latents [B, C, F, h, w]; words [B].
+        Shapes: latents [B, C, F, h, w]; words [B, ...].
         """
         if not self.lacks(latents.shape[-2]):
             latents = torch.cat([self._latents, latents])[-FULL:]
@@ -33,7 +33,7 @@ class Replay:
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw clips, any of them as often as chance has it.
 
-        Shapes: latents [count, C, F, h, w]; words [count].
+        Shapes: latents [count, C, F, h, w]; words [count, ...].
         """
         device = self._words.device
         chosen = torch.randint(len(self._words), (count,), generator=generator, device=device)

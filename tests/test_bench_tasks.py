@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from fewshot_rt.augment import are_rearranged
 from fewshot_rt.benchmarks import photographs, scenes
 from fewshot_rt.benchmarks.tasks import (
     GROUPS,
@@ -64,7 +65,10 @@ def test_a_task_is_of_a_group_that_says_what_pretraining_saw(name: str) -> None:
     assert case.group in GROUPS
     assert (case.name.removeprefix("scene-") in VOCABULARY) or case.group != "world"
     assert (case.name.removeprefix("scene-") not in VOCABULARY) or case.group != "kept-out"
-    assert case.name.startswith("scene-") == (case.group != "photographs")
+    assert case.name.startswith("scene-") or case.group != "world"
+    assert not case.name.startswith("scene-") or case.group != "photographs"
+    is_rearranged = are_rearranged(zip(*case.draw("train", 4, SIZE, 0), strict=True))
+    assert case.moves == (is_rearranged or case.name == "zoom")
     assert case.codec in METRICS[case.metric].codecs
 
 

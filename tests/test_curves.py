@@ -32,6 +32,7 @@ def record(
         variants={n: {"iou": 1 - e, "error": e, "seconds": 1.0} for n, e in errors.items()},
         settings={
             "group": "world",
+            "moves": case == "edges",
             "metric": "iou",
             "shots": shots,
             "seed": seed,
@@ -59,10 +60,27 @@ RECORDS = [
 
 def test_skill_is_against_the_best_baseline_and_bounded() -> None:
     skills = find_skills(RECORDS)
-    assert skills["coins", "pocket", 3] == pytest.approx([0.8, 0.2])
-    assert skills["coins", "u-net", 3] == pytest.approx([0.5, 0.5])
-    assert skills["coins", "mean target", 3] == pytest.approx([0, 0])
-    assert skills["coins", "pocket", 10] == [-1.0]
+    assert skills["coins", "pocket", 3] == pytest.approx({0: 0.8, 1: 0.2})
+    assert skills["coins", "u-net", 3] == pytest.approx({0: 0.5, 1: 0.5})
+    assert skills["coins", "mean target", 3] == pytest.approx({0: 0, 1: 0})
+    assert skills["coins", "pocket", 10] == {0: -1.0}
+
+
+def test_a_threshold_is_a_baseline_too() -> None:
+    one = record("coins", 3, 0, 0.04)
+    with_otsu = replace(one, variants={**one.variants, "otsu": {"iou": 0.9, "error": 0.08}})
+    assert find_skills([with_otsu])["coins", "pocket", 3] == pytest.approx({0: 0.5})
+
+
+def test_the_newest_of_two_records_counts_and_seeds_are_matched() -> None:
+    again = record("coins", 3, 0, 0.1, date="2026-02-01")
+    together = latest_comparison([*RECORDS, again])
+    assert find_skills(together)["coins", "pocket", 3] == pytest.approx({0: 0.5, 1: 0.2})
+    only_first = [one for one in RECORDS if (one.case, one.settings["seed"]) != ("coins", 0)]
+    # Seed 1 alone is there for both tasks: (.2 + .9) / 2.
+    assert "| pocket | 0.55 |" in make_mean_table(
+        [r for r in only_first if r.settings["shots"] == 3]
+    )
 
 
 def test_the_mean_is_over_tasks_and_spreads_over_seeds() -> None:
@@ -76,9 +94,10 @@ def test_groups_of_tasks_have_means_of_their_own() -> None:
     kept = record("flip", 3, 0, 0.2)
     kept = replace(kept, settings={**kept.settings, "group": "kept-out", "metric": "psnr"})
     table = make_group_table([*RECORDS, kept], shots=3)
-    assert "| mean skill | all (3) | world (2) | masks (2) | kept-out (1) |" in table
+    assert "| mean skill | all (3) | world (2) | masks (2) | places (1) | kept-out (1) |" in table
     # Seed 0: (.8 + .9 + 0) / 3, (.8 + .9) / 2; flip has no second seed.
-    assert "| pocket | 0.57 | 0.70 (0.55 to 0.85) | 0.70 (0.55 to 0.85) | 0.00 |" in table
+    row = "| pocket | 0.57 | 0.70 (0.55 to 0.85) | 0.70 (0.55 to 0.85) | 0.90 | 0.00 |"
+    assert row in table
     with pytest.raises(ValueError, match="30 pairs"):
         make_group_table(RECORDS, shots=30)
 

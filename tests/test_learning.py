@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fewshot_rt.bases import open_base
+from fewshot_rt.bases.pocket import PATCHES, WAVE_WEIGHT
 from fewshot_rt.benchmarks.curves import BASELINES
 from fewshot_rt.benchmarks.learning import METHODS, Cell, Protocol, _forget, run_cells
 from fewshot_rt.benchmarks.tasks import TASKS
@@ -71,6 +72,19 @@ def test_forgetting_changes_every_weight_of_the_denoiser_and_nothing_else(
     pairs = zip(one.denoiser().named_parameters(), other.denoiser().named_parameters(), strict=True)
     matrices = [(a, b) for (_, a), (_, b) in pairs if a.ndim > 1]
     assert not any(torch.equal(a, b) for a, b in matrices)
+    denoiser = other.denoiser()
+    waves = denoiser.transformer.get_parameter(PATCHES)[:, -denoiser.waves :]
+    # As pretraining draws them, within 5 standard deviations of a sample's.
+    assert abs(float(waves.std()) / WAVE_WEIGHT - 1) < 5 / (2 * waves.numel()) ** 0.5
+
+
+@pytest.mark.parametrize(("size", "shots", "hint"), [(36, 1, "multiple"), (32, 31, "1 to 30")])
+def test_what_cannot_be_measured_is_refused_first(
+    protocol: Protocol, size: int, shots: int, hint: str
+) -> None:
+    cells = [Cell(TASKS["scene-drain"], 1, 0), Cell(TASKS["coin-masks"], shots, 0)]
+    with pytest.raises(ConfigError, match=hint):
+        next(run_cells(cells, replace(protocol, size=size), methods=["u-net"]))
 
 
 def test_unknown_methods_are_refused(protocol: Protocol) -> None:

@@ -122,7 +122,9 @@ class TestShippedWeights:
         """On fresh clips it leaves less than 3/4 of what a blind guess (the mean) leaves."""
         base = open_base("pocket")
         generator = torch.Generator().manual_seed(123)
-        clips = make_clips(12, size=64, generator=generator, pace="repeat_target", event="focus")
+        clips = make_clips(
+            12, size=64, generator=generator, pace="repeat_target", events=("focus",)
+        )
         clean = base.encode(clips.video)
         noise = torch.randn(clean.shape, generator=generator) * is_noisy
         moment = torch.full((len(clean),), 0.6 if is_noisy else 1.0)

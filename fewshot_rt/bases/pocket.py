@@ -30,6 +30,8 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "pocket"
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 TIME_SCALE = 1000  # the transformer counts time from 0 to 1000
 PROMPT_WORDS = 4  # tokens of a prompt
+PATCHES = "patch_embedding.weight"
+WAVE_WEIGHT = 0.15
 TRANSFORMER: dict[str, Any] = {
     "patch_size": [1, 2, 2],
     "num_attention_heads": 3,
@@ -76,6 +78,17 @@ class PocketDenoiser(nn.Module):
         )[0]
         towards_first = (noisy[:, :, :1] - first) / time[:, None, None, None, None]
         return torch.cat([towards_first, prediction], dim=2)
+
+
+@torch.no_grad()
+def draw_wave_weights(transformer: WanTransformer3DModel) -> None:
+    """Draw the first weights of the waves, if there are any, large enough to be noticed.
+
+    From zero they grew too slowly for attention to go by places.
+    """
+    waves = PocketDenoiser(transformer).waves
+    if waves:
+        transformer.get_parameter(PATCHES)[:, -waves:].normal_(std=WAVE_WEIGHT)
 
 
 def make_waves(count: int, size: tuple[int, int], *, device: torch.device) -> Tensor:
@@ -189,6 +202,8 @@ def open_base(name: str, *, device: str = "cpu") -> PocketBase:
         autoencoder.load_state_dict(_weights(folder / "vae"))
         transformer = WanTransformer3DModel.from_config(_config(folder / "transformer"))
         transformer.load_state_dict(_weights(folder / "transformer"))
+        if PocketDenoiser(transformer).waves % 4:
+            raise ValueError("its channels beside two frames are no multiple of 4")
         words = tuple(json.loads((folder / "prompt" / "words.json").read_text(encoding="utf-8")))
         table = load_file(folder / "prompt" / "embeddings.safetensors")["embeddings"].float()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
