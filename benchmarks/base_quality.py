@@ -80,7 +80,9 @@ def measure_events(base: Any, *, count: int, size: int | None = None) -> Record:
 
 @torch.no_grad()
 def _restoration(base: Any, video: Tensor) -> dict[str, float]:
-    pairs = [(base.decode_last(base.encode(part)), part[:, :, -1]) for part in video.split(BATCH)]
+    pairs = [
+        (base.decode_last(base.encode(part)), part[:, :, -1]) for part in torch.split(video, BATCH)
+    ]
     restored, wanted = (_pictures(torch.cat(parts)) for parts in zip(*pairs, strict=True))
     both = list(zip(restored, wanted, strict=True))
     return {
@@ -96,7 +98,7 @@ def _knowledge(base: Any, event: str, count: int, size: int) -> dict[str, float]
         count, size=size, generator=generator, frames=FRAMES, events=(event,), pace="repeat_target"
     ).video
     first, last = video[:, :, 0], video[:, :, -1]
-    found = [_answers(base, part, base.embed(event)) for part in video.split(BATCH)]
+    found = [_answers(base, part, base.embed(event)) for part in torch.split(video, BATCH)]
     answers = {
         name: torch.cat(parts).clamp(-1, 1)
         for name, parts in zip(("skill", "autoencoder"), zip(*found, strict=True), strict=True)

@@ -45,7 +45,7 @@ def make_clips(
     pace: how the event goes on over time, as in `Transition`; None draws one for the batch: 3 in 8
         are at once and 2 in 8 late, which also costs less to paint.
     events: of which one is drawn for each clip.
-    Raises: KeyError if there is no such event.
+    Raises: ValueError if there is no such event.
     """
     dice = Dice(batch, generator)
     scene = draw_scene(dice)
@@ -73,7 +73,7 @@ def _pace_word(pace: str) -> int:
 
 def _draw_events(dice: Dice, events: Sequence[str]) -> Tensor:
     device = dice.generator.device
-    numbers = torch.tensor([VOCABULARY.index(name) for name in events if EVENTS[name]])
+    numbers = torch.tensor([VOCABULARY.index(name) for name in events])
     if len(events) == 1:
         return numbers.to(device).expand(dice.batch)
     share = torch.tensor([float(OFTEN.get(name, 1)) for name in events], device=device)
