@@ -100,7 +100,8 @@ def make_waves(count: int, size: tuple[int, int], *, device: torch.device) -> Te
     lines = [(torch.arange(side, device=device) + 0.5) / side * 2 - 1 for side in size]
     down, across = torch.meshgrid(*lines, indexing="ij")
     angles = [math.pi / 2 * 2**k * line for k in range(count // 4) for line in (down, across)]
-    return torch.stack([wave for angle in angles for wave in (angle.sin(), angle.cos())])[None]
+    waves = [wave[None, None] for angle in angles for wave in (angle.sin(), angle.cos())]
+    return torch.cat(waves, dim=1)
 
 
 @dataclass(frozen=True)
