@@ -84,8 +84,9 @@ Settings: `{json.dumps(settings)}`
 
 
 def _first(index: dict[str, Any]) -> str:
-    before = index["initialised_from"]
-    return f"\n  Its first weights are those of {before}." if before else ""
+    """List what went before, newest first."""
+    before = "".join(f"\n  - {line}" for line in index["initialised_from"])
+    return f"\n- **Before that**, newest first:{before}" if before else ""
 
 
 def _origin(index: dict[str, Any]) -> str:

@@ -122,7 +122,7 @@ class _Run:
         self.rank, self.processes = rank, processes
         self.clock = _Clock(dict.fromkeys(STAGES, 0.0))
         self.generator = torch.Generator(config.device).manual_seed(config.seed)
-        self.origin = {"autoencoder_from": "", "initialised_from": ""}
+        self.origin: dict[str, Any] = {"autoencoder_from": "", "initialised_from": []}
         # A state holds all that the first weights came to.
         is_new = not (folder / STATE_FILE).is_file()
         first = open_base(config.init, device=config.device) if config.init and is_new else None
@@ -184,8 +184,8 @@ class _Run:
                 if word in VOCABULARY:
                     self.denoiser.words.weight[VOCABULARY.index(word)] = embedding
         name = f"{base.name}, revision {base.revision}"
-        work = _work(base.index)
-        self.origin = {"autoencoder_from": name, "initialised_from": f"{name}{work}"}
+        before = [f"{name}{_work(base.index)}", *base.index.get("initialised_from", [])]
+        self.origin = {"autoencoder_from": name, "initialised_from": before}
 
     def _optimisers(self) -> dict[str, Optimiser]:
         config = self.config
@@ -357,7 +357,12 @@ class _Run:
                 **self.origin,
                 "steps": {name: o.step_count for name, o in self.optimisers.items()},
                 "minutes": {n: round(value / 60, 1) for n, value in self.clock.spent.items()},
-                "settings": to_dict(self.config),
+                # Whose weights were taken stands above, by name: folders are this machine's own.
+                "settings": {
+                    name: value
+                    for name, value in to_dict(self.config).items()
+                    if name not in ("init", "autoencoder")
+                },
             },
         )
 
@@ -365,11 +370,9 @@ class _Run:
 def _work(index: dict[str, Any]) -> str:
     """Say what went into a base, as far as it tells, to go behind its name."""
     steps, minutes = (index.get(name, {}).get("denoiser") for name in ("steps", "minutes"))
-    events, before = index.get("settings", {}).get("events"), index.get("initialised_from")
-    work = f" ({steps} steps in {minutes} minutes" if steps else " ("
-    work += f" on {events} only" if events else ""
-    work += f"; begun from {before}" if before else ""
-    return work + ")" if work != " (" else ""
+    events = index.get("settings", {}).get("events")
+    work = f": {steps} steps in {minutes} minutes" if steps else ""
+    return work + (f", only {events.replace(',', ', ')}" if events else "")
 
 
 def _events(config: PretrainConfig) -> tuple[str, ...]:

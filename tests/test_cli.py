@@ -328,7 +328,10 @@ def test_pretrain_begins_with_the_weights_of_another_base(run, tmp_path):
         torch.testing.assert_close(taken, value, rtol=2e-3, atol=1e-4)
     event = after.embed("silhouette")["prompt"]
     torch.testing.assert_close(event, before.embed("silhouette")["prompt"], rtol=2e-3, atol=1e-4)
-    assert after.index["initialised_from"].startswith(f"pocket, revision {before.revision}")
+    first, *earlier = after.index["initialised_from"]
+    assert first.startswith(f"pocket, revision {before.revision}: ")
+    assert earlier == before.index["initialised_from"]
+    assert "init" not in after.index["settings"]
     assert before.revision in (tmp_path / "more" / "README.md").read_text()
 
 

@@ -95,7 +95,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(
 
 def test_a_state_of_another_device_goes_on_with_other_clips(tmp_path: Path) -> None:
     run = new_run(tmp_path)
-    run.origin["initialised_from"] = "somewhere"
+    run.origin["initialised_from"] = ["somewhere"]
     run.save()
     path = tmp_path / "state" / "pretrain.pt"
     torch.save(torch.load(path, weights_only=True) | {"device": "cuda"}, path)

@@ -117,7 +117,7 @@ class PromptTable:
     def ids(self, prompt: str) -> list[int]:
         """Give the numbers of the known words of a prompt, over and over; word 0 if there are none.
 
-        One word among silent ones is too weak a sign (CONTRIBUTING.md has the figures).
+        One word among silent ones would be a weak sign.
         """
         known = [self.words.index(w) for w in prompt.lower().split() if w in self.words]
         return ((known or [0]) * PROMPT_WORDS)[:PROMPT_WORDS]
