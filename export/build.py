@@ -103,10 +103,13 @@ def export_bundle(
 
 
 def _cut(base: Base, prompt: "Mapping[str, Tensor]", recipe: Recipe) -> _Model:
-    frames = 1 + (recipe.latent_shape[1] - 1) * base.geometry.time_factor
     # The batch axis varies even where a predictor always fills batches of one.
     signatures = make_signatures(
-        base, prompt, frames=frames, size=recipe.size, batch=max(2, recipe.batch)
+        base,
+        prompt,
+        latents=recipe.latent_shape,
+        size=recipe.size,
+        batch=max(2, recipe.batch),
     )
     names = tuple(spec.name for spec in signatures["denoiser"].inputs[2:])
     roles = make_roles(base, condition_names=names)

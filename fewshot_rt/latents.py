@@ -20,7 +20,8 @@ from .files import whole
 from .images import to_model
 from .task import Task
 
-ENCODE_BATCH = 8
+# Pixels of the videos that are encoded at once; a larger video goes alone.
+ENCODE_PIXELS = 8 * 5 * 128 * 128
 
 
 @torch.no_grad()
@@ -55,7 +56,8 @@ def encode_task(
     kept = _read(path)
     if kept is not None:
         return kept
-    parts = list(_encode(base, _videos(task, size, augmentation, variants, seed), ENCODE_BATCH))
+    batch = max(1, ENCODE_PIXELS // (task.transition.frames * size[0] * size[1]))
+    parts = list(_encode(base, _videos(task, size, augmentation, variants, seed), batch))
     latents = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     with whole(path) as temporary:
         save_file(latents, temporary)

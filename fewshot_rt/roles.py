@@ -59,14 +59,18 @@ def make_roles(base: Base, *, condition_names: tuple[str, ...]) -> dict[str, Rol
 
 @torch.no_grad()
 def make_signatures(
-    base: Base, prompt: Mapping[str, Tensor], *, frames: int, size: tuple[int, int], batch: int
+    base: Base,
+    prompt: Mapping[str, Tensor],
+    *,
+    latents: tuple[int, int, int, int],
+    size: tuple[int, int],
+    batch: int,
 ) -> dict[str, Signature]:
     """Describe the tensors of each role for one video shape and batches from 1 to `batch`.
 
-    Raises: ModelError if the size or the number of frames does not fit the base.
+    latents: (C, F, h, w), as `Geometry.latent_shape` gives it. size: (H, W).
     """
     height, width = size
-    latents = base.geometry.latent_shape(frames=frames, height=height, width=width)
     image = torch.zeros(1, 3, height, width, device=base.device)
     conditions = base.condition(image)
     batched = [_spec(name, conditions[name], BATCH) for name in sorted(conditions)]

@@ -112,7 +112,7 @@ def base_predictor(base: "Base", recipe: Recipe, prompt: str, *, origin: str) ->
     signatures = make_signatures(
         base,
         embedded,
-        frames=1 + (recipe.latent_shape[1] - 1) * base.geometry.time_factor,
+        latents=recipe.latent_shape,
         size=recipe.size,
         batch=recipe.batch,
     )

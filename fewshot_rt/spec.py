@@ -20,6 +20,8 @@ class Geometry:
     time_factor frames has 1 + k latent frames. multiple: height and width must be multiples of it.
     native: (height, width) it was pretrained at. frames: the T it is made for, shortest first.
     known_frames: latent frames at the start that the condition already fixes; no loss there.
+    merged_frames: latent frames that the denoiser merges into one; where their number is not a
+        multiple of it, there are more in front, copies of the first.
     """
 
     channels: int
@@ -29,6 +31,7 @@ class Geometry:
     native: tuple[int, int]
     frames: tuple[int, ...]
     known_frames: int = 0
+    merged_frames: int = 1
 
     def latent_shape(self, *, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Give (C, F, h, w) of a video.
@@ -43,8 +46,21 @@ class Geometry:
             raise ModelError(
                 f"{frames} frames do not fit: use 1 + a multiple of {self.time_factor}"
             )
-        latent_frames = 1 + (frames - 1) // self.time_factor
+        own = 1 + (frames - 1) // self.time_factor
+        latent_frames = own + -own % self.merged_frames
+        if latent_frames - self.extra_frames(latent_frames) != own:
+            raise ModelError(
+                f"{frames} frames do not fit: their {own} latent frames could not be told from "
+                f"others after merging. Use one of {', '.join(map(str, self.frames))}."
+            )
         return self.channels, latent_frames, height // self.space_factor, width // self.space_factor
+
+    def extra_frames(self, latent_frames: int) -> int:
+        """Say how many of so many latent frames are copies of the first, in front.
+
+        Videos that fill one merged frame have none, all longer ones one.
+        """
+        return int(latent_frames > self.merged_frames > 1)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ FLOOR = Floor(flops=4_000_000, weight_bytes=1_000_000, flops_per_second=2e9, byt
 
 def eager_predictor(base: Any, recipe: Recipe) -> Predictor:
     prompt = base.embed("mask")
-    signatures = make_signatures(base, prompt, frames=5, size=recipe.size, batch=recipe.batch)
+    signatures = make_signatures(
+        base, prompt, latents=recipe.latent_shape, size=recipe.size, batch=recipe.batch
+    )
     fixed = {name: value.numpy() for name, value in prompt.items()}
     runners = eager_runners(base, signatures)
     return Predictor(runners, prompt=fixed, recipe=recipe, origin="eager")

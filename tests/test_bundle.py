@@ -55,7 +55,9 @@ def export(base: Any, folder: Path, *, engine: str, recipe: Recipe = RECIPE) -> 
 
 def eager_predictor(base: Any, recipe: Recipe = RECIPE) -> Predictor:
     prompt = base.embed("mask")
-    signatures = make_signatures(base, prompt, frames=5, size=recipe.size, batch=recipe.batch)
+    signatures = make_signatures(
+        base, prompt, latents=recipe.latent_shape, size=recipe.size, batch=recipe.batch
+    )
     fixed = {name: value.numpy() for name, value in prompt.items()}
     runners = eager_runners(base, signatures)
     return Predictor(runners, prompt=fixed, recipe=recipe, origin="eager")

@@ -28,7 +28,9 @@ BATCH = 3
 
 def freeze(base: Any, role: str) -> tuple[Program, Runner]:
     """Give the program of one role and the eager runner that is its reference."""
-    signatures = make_signatures(base, base.embed(""), frames=5, size=(32, 32), batch=BATCH)
+    signatures = make_signatures(
+        base, base.embed(""), latents=(8, 2, 8, 8), size=(32, 32), batch=BATCH
+    )
     module = make_roles(base, condition_names=("first", "prompt"))[role]
     signature = signatures[role]
     eager = run_eagerly(module, signature, device=base.device)

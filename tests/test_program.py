@@ -18,7 +18,9 @@ BATCH = 4
 @pytest.fixture
 def cut(tiny_base: Any) -> tuple[dict[str, Any], dict[str, Signature]]:
     prompt = tiny_base.embed("mask")
-    signatures = make_signatures(tiny_base, prompt, frames=5, size=(32, 32), batch=BATCH)
+    signatures = make_signatures(
+        tiny_base, prompt, latents=(8, 2, 8, 8), size=(32, 32), batch=BATCH
+    )
     return make_roles(tiny_base, condition_names=("first", "prompt")), signatures
 
 

@@ -1,6 +1,7 @@
 """References: shapes counted by hand, and valid tensors broken in one place at a time."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,23 @@ def test_latent_shapes(
     frames: int, height: int, width: int, expected: tuple[int, int, int, int]
 ) -> None:
     assert GEOMETRY.latent_shape(frames=frames, height=height, width=width) == expected
+
+
+@pytest.mark.parametrize(
+    ("frames", "expected", "extra"), [(5, 2, 0), (9, 4, 1), (17, 6, 1), (49, 14, 1)]
+)
+def test_merged_frames_are_filled_up_in_front(frames: int, expected: int, extra: int) -> None:
+    geometry = replace(GEOMETRY, merged_frames=2)
+    assert geometry.latent_shape(frames=frames, height=16, width=16)[1] == expected
+    assert geometry.extra_frames(expected) == extra
+    assert GEOMETRY.extra_frames(expected) == 0
+
+
+def test_frames_whose_number_would_be_lost_in_merging_are_refused() -> None:
+    geometry = replace(GEOMETRY, merged_frames=2)
+    for frames in (1, 13, 21):
+        with pytest.raises(ModelError, match="Use one of 5, 9"):
+            geometry.latent_shape(frames=frames, height=16, width=16)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,19 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoints import INDEX_FILE, find_snapshot, read_pipeline
 from ..discover import load_module, module_names
 from ..errors import ModelError, unknown
 
 if TYPE_CHECKING:
     from ..base import Base
 
+IN_THE_BOX = ("pocket",)
+
 
 def open_base(name: str, *, device: str = "cpu") -> "Base":
-    """Open a base: the name of one in the box, or a folder that `pretrain` wrote.
+    """Open a base: the name of one in the box, a folder that `pretrain` wrote, a folder of a
+    family's pipeline in diffusers' layout, or such a pipeline's name on the Hub, with a slash.
 
     Raises: ModelError if there is no such base, if its files are damaged, or if the device is not
     there; ConfigError if there is no such kind of device.
@@ -19,8 +23,30 @@ def open_base(name: str, *, device: str = "cpu") -> "Base":
     from ..device import pick_device
 
     device = pick_device(device)
-    if name in module_names(__name__):
+    if name in IN_THE_BOX:
         return load_module(__name__, name).open_base(name, device=device)  # type: ignore[no-any-return]
-    if (Path(name) / "model_index.json").is_file():
-        return load_module(__name__, "pocket").open_base(name, device=device)  # type: ignore[no-any-return]
-    raise ModelError(f"{unknown('base', name, module_names(__name__))} Or give a folder of a base.")
+    if (Path(name) / INDEX_FILE).is_file():
+        return load_module(__name__, _family(Path(name))).open_base(name, device=device)  # type: ignore[no-any-return]
+    if name.count("/") == 1 and not Path(name).exists():
+        folder = find_snapshot(name)
+        opened: Base = load_module(__name__, _family(folder)).open_base(str(folder), device=device)
+        opened.name = name
+        return opened
+    raise ModelError(f"{unknown('base', name, IN_THE_BOX)} Or give a folder of a base.")
+
+
+def _family(folder: Path) -> str:
+    """Give the module of a folder's family: pocket's own index names no pipeline.
+
+    Raises: ModelError if the index is damaged, or the pipeline is of no family here.
+    """
+    try:
+        pipeline = read_pipeline(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the base in {folder} cannot be read ({error}).") from error
+    if pipeline is None:
+        return "pocket"
+    families = {load_module(__name__, name).PIPELINE: name for name in module_names(__name__)}
+    if pipeline not in families:
+        raise ModelError(unknown("pipeline", pipeline, filter(None, families)))
+    return families[pipeline]

@@ -1,0 +1,246 @@
+"""CogVideoX and CogVideoX1.5, image to video, from a folder in diffusers' layout.
+
+v-prediction over the latents of a causal 3D autoencoder. The first frame enters as channels beside
+the first latent frame, zeros beside the others. CogVideoX1.5 merges its latent frames in pairs
+(`patch_size_t`), so that an odd number of them gets one more in front, a copy of the first, which
+is dropped again before decoding; it scales the latents of the first frame the other way round.
+Axes: B batch, C channels, T frames, H W pixels, F latent frames, h w latent grid, L tokens, D
+width.
+Source: Yang et al. 2024 (CogVideoX); the details are those of diffusers' pipeline.
+"""
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
+)
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from torch import Tensor, nn
+
+from ..checkpoints import digest_folder
+from ..errors import ModelError
+from ..schedule import Schedule
+from ..spec import Geometry
+
+PIPELINE = "CogVideoXImageToVideoPipeline"
+OFS = 2.0  # what the frame-rate embedding of CogVideoX1.5 is given, always
+SHORTEST = (9, 5)  # frames: the paper's, and the fewest
+
+
+class CogVideoXDenoiser(nn.Module):
+    """The transformer behind the one layout that all bases share."""
+
+    def __init__(self, transformer: CogVideoXTransformer3DModel, *, steps: int) -> None:
+        super().__init__()
+        self.transformer, self.steps = transformer, steps
+
+    def forward(self, noisy: Tensor, time: Tensor, first: Tensor, prompt: Tensor) -> Tensor:
+        """Predict a noise - b clean.
+
+        Shapes: noisy, result [B, C, F, h, w]; time [B] in (0, 1]; first [B, C, 1, h, w];
+        prompt [1, L, D].
+        """
+        config = self.transformer.config
+        known = torch.cat([first, torch.zeros_like(noisy[:, :, 1:])], dim=2)
+        # The grid of times is 1/N ... 1, as steps 0 ... N - 1.
+        step = (time * self.steps).round() - 1
+        prediction: Tensor = self.transformer(
+            hidden_states=torch.cat([noisy, known], dim=1).transpose(1, 2),
+            encoder_hidden_states=prompt.expand(noisy.shape[0], -1, -1),
+            timestep=step,
+            ofs=None if config.ofs_embed_dim is None else noisy.new_full((1,), OFS),
+            image_rotary_emb=self._rotary(noisy),
+            return_dict=False,
+        )[0]
+        return prediction.transpose(1, 2)
+
+    def _rotary(self, noisy: Tensor) -> tuple[Tensor, Tensor] | None:
+        config = self.transformer.config
+        if not config.use_rotary_positional_embeddings:
+            return None
+        frames, height, width = noisy.shape[2:]
+        grid = (height // config.patch_size, width // config.patch_size)
+        base = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
+        options: dict[str, Any] = {"temporal_size": frames, "crops_coords": _crop(grid, base)}
+        if config.patch_size_t is not None:
+            pairs = -(-frames // config.patch_size_t)
+            options = {"temporal_size": pairs, "crops_coords": None, "grid_type": "slice"}
+            options["max_size"] = base
+        cos, sin = get_3d_rotary_pos_embed(
+            config.attention_head_dim, grid_size=grid, device=noisy.device, **options
+        )
+        return cos, sin
+
+
+class CogVideoXBase:
+    """A frozen CogVideoX; see `fewshot_rt.base.Base`."""
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(
+        self,
+        *,
+        transformer: CogVideoXTransformer3DModel,
+        autoencoder: AutoencoderKLCogVideoX,
+        schedule: Schedule,
+        encode_text: Callable[[str], Tensor],
+        name: str,
+        revision: str,
+    ) -> None:
+        self.name, self.revision, self.schedule = name, revision, schedule
+        self.autoencoder, self._encode_text = autoencoder, encode_text
+        config, scales = transformer.config, autoencoder.config
+        space = 2 ** (len(scales.block_out_channels) - 1)
+        self.pairs = config.patch_size_t or 1
+        time_factor = scales.temporal_compression_ratio
+        self.geometry = Geometry(
+            channels=config.out_channels,
+            time_factor=int(time_factor),
+            space_factor=space,
+            multiple=space * config.patch_size,
+            native=(config.sample_height * space, config.sample_width * space),
+            frames=SHORTEST,
+            merged_frames=self.pairs,
+        )
+        self._denoiser = CogVideoXDenoiser(transformer, steps=len(schedule.signal_power))
+        for module in (autoencoder, self._denoiser):
+            module.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self._denoiser.parameters()).device
+
+    def embed(self, prompt: str) -> dict[str, Tensor]:
+        """Embed a prompt; the text encoder is loaded and let go. Shapes: prompt [1, L, D]."""
+        return {"prompt": self._encode_text(prompt).to(self.device)}
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
+        latents = self._latents(video) * self.autoencoder.config.scaling_factor
+        missing = -latents.shape[2] % self.pairs
+        return torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], dim=2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode all frames, as the official pipeline does: 5 frames come back as 8.
+
+        The autoencoder makes one frame of the first latent frame only where their number is odd.
+        Shapes: [B, C, F, h, w] -> [B, 3, T, H, W].
+        """
+        extra = self.geometry.extra_frames(latents.shape[2])
+        video: Tensor = self.autoencoder.decode(
+            latents[:, :, extra:] / self.autoencoder.config.scaling_factor
+        ).sample
+        return video
+
+    def decode_last(self, latents: Tensor) -> Tensor:
+        """Decode the last frame. All go through: the decoder is causal over the whole video.
+
+        Shapes: [B, C, F, h, w] -> [B, 3, H, W].
+        """
+        return self.decode(latents)[:, :, -1]
+
+    def condition(self, image: Tensor) -> dict[str, Tensor]:
+        """Encode the first frame. Shapes: image [B, 3, H, W]; first [B, C, 1, h, w]."""
+        config = self.autoencoder.config
+        scale = config.scaling_factor
+        # CogVideoX1.5 was trained with the inverse by mistake, and wants it.
+        scale = 1 / scale if config.invert_scale_latents else scale
+        return {"first": self._latents(image[:, :, None]) * scale}
+
+    def denoiser(self) -> CogVideoXDenoiser:
+        """Give the module that predicts; the same at every call."""
+        return self._denoiser
+
+    def _latents(self, video: Tensor) -> Tensor:
+        """Give the mean of the autoencoder's distribution, unscaled."""
+        latents: Tensor = self.autoencoder.encode(video).latent_dist.mode()
+        return latents
+
+
+def open_base(name: str, *, device: str = "cpu") -> CogVideoXBase:
+    """Open a folder with a CogVideoX image-to-video pipeline.
+
+    Raises: ModelError if a file is missing or damaged, or the scheduler is of another kind.
+    """
+    folder = Path(name)
+    try:
+        transformer = CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+        autoencoder = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
+        schedule = _schedule(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"the base in {folder} cannot be read ({error}). Download all of its files again."
+        ) from error
+    return CogVideoXBase(
+        transformer=transformer.to(device),
+        autoencoder=autoencoder.to(device),
+        schedule=schedule,
+        encode_text=lambda prompt: _encode_text(
+            folder, prompt, length=transformer.config.max_text_seq_length
+        ),
+        name=folder.resolve().name,
+        revision=digest_folder(folder),
+    )
+
+
+def _schedule(folder: Path) -> Schedule:
+    """Read the schedule of a pipeline's scheduler.
+
+    Raises: ValueError if it is no v-prediction with trailing times that begins at pure noise.
+    """
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    wanted = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    for key, value in wanted.items():
+        if config.get(key) != value:
+            raise ValueError(f"the scheduler's {key} is {config.get(key)!r}, not {value!r}")
+    # The DPM scheduler that some folders name has the same table of noise.
+    powers = CogVideoXDDIMScheduler.from_config(config).alphas_cumprod.double().tolist()
+    return Schedule(kind="v", signal_power=tuple(powers))
+
+
+def _encode_text(folder: Path, prompt: str, *, length: int) -> Tensor:
+    """Embed a prompt with the folder's T5. Shapes: result [1, L, D]."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        encoder = T5EncoderModel.from_pretrained(folder / "text_encoder")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"the text encoder in {folder} cannot be read ({error}). Download all of its files "
+            "again."
+        ) from error
+    tokens = tokenizer(
+        prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        embedded: Tensor = encoder(tokens.input_ids)[0]
+    return embedded
+
+
+@lru_cache(maxsize=8)
+def _crop(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Fit a grid of patches into the one of pretraining, centred: top left and bottom right.
+
+    The rotary angles of CogVideoX (not 1.5) are stretched over this window.
+    Source: diffusers' pipeline, which takes the rule from HunyuanDiT.
+    """
+    height, width = grid
+    if height / width > base[0] / base[1]:
+        fitted = (base[0], round(base[0] / height * width))
+    else:
+        fitted = (round(base[1] / width * height), base[1])
+    top, left = (round((whole - part) / 2) for whole, part in zip(base, fitted, strict=True))
+    return (top, left), (top + fitted[0], left + fitted[1])

@@ -1,0 +1,72 @@
+"""Folders of models in diffusers' layout, as they come from the Hub."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from .errors import ModelError
+
+INDEX_FILE = "model_index.json"
+# What a pipeline in diffusers' layout consists of; repositories may hold more.
+PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt")
+
+
+def find_snapshot(name: str) -> Path:
+    """Give the folder of a model on the Hub, downloading what is not there yet.
+
+    HF_HUB_OFFLINE, HF_HOME and HF_TOKEN work as huggingface_hub has them.
+    Raises: ModelError if there is no such model, it is gated, or it cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
+    except GatedRepoError as error:
+        mend = f"accept its licence on huggingface.co/{name}, then log in: hf auth login"
+        raise ModelError(f"the base {name} is gated: {mend}.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"there is no base {name!r} on the Hub that you may read, nor a folder of that name. "
+            "Check the name, or log in: hf auth login."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"the base {name} is not on this machine and cannot be downloaded. Connect to the "
+            f"network (HF_HUB_OFFLINE unset), or download it elsewhere (hf download {name}) and "
+            "give the folder."
+        ) from error
+
+
+def read_pipeline(folder: Path) -> str | None:
+    """Give the name of the pipeline that a folder is made for; None if it names none.
+
+    Raises: OSError or ValueError if there is no index, or it is damaged.
+    """
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    name = index.get("_class_name")
+    return name if isinstance(name, str) else None
+
+
+def digest_folder(folder: Path) -> str:
+    """Give 12 hexadecimal digits over what a model is: its configurations and its weights' headers.
+
+    Weights are known by the first bytes and the size of each file: reading all of them would take
+    minutes.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        is_weights = path.suffix == ".safetensors"
+        if path.is_file() and (is_weights or path.suffix == ".json"):
+            with path.open("rb") as file:
+                content = file.read(1 << 20) if is_weights else file.read()
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode() + content)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,344 @@
+"""CogVideoX against diffusers' own pipeline, on tiny checkpoints with random weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fewshot_rt.adapter import add_lora
+from fewshot_rt.bases import open_base
+from fewshot_rt.bases.cogvideox import PIPELINE, CogVideoXBase
+from fewshot_rt.errors import ModelError
+from fewshot_rt.export.build import export_bundle
+from fewshot_rt.export.bundle import open_bundle
+from fewshot_rt.fit import fit
+from fewshot_rt.images import write_image
+from fewshot_rt.runs import open_merged, open_run
+from fewshot_rt.sample import sample
+from fewshot_rt.train_config import TrainConfig
+
+SIZES = ((16, 16), (32, 48))
+# The first CogVideoX, and 1.5 with its pairs of frames, frame-rate embedding and odd scaling.
+VERSIONS: dict[str, dict[str, Any]] = {
+    "1.0": {"transformer": {}, "vae": {}},
+    "1.5": {
+        "transformer": {
+            "patch_size_t": 2,
+            "ofs_embed_dim": 4,
+            "patch_bias": False,
+            "use_learned_positional_embeddings": False,
+        },
+        "vae": {"invert_scale_latents": True},
+    },
+}
+
+
+def write_tiny(folder: Path, version: str) -> Path:
+    """Write a pipeline in the layout of the Hub, weights in shards, with a tokenizer of words."""
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXImageToVideoPipeline,
+        CogVideoXTransformer3DModel,
+    )
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    transformer = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 8,
+        "out_channels": 4,
+        "time_embed_dim": 4,
+        "text_embed_dim": 16,
+        "num_layers": 2,
+        "sample_width": 6,
+        "sample_height": 4,
+        "sample_frames": 9,
+        "patch_size": 2,
+        "max_text_seq_length": 8,
+        "use_rotary_positional_embeddings": True,
+        "use_learned_positional_embeddings": False,
+    }
+    autoencoder = {
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        "block_out_channels": (8, 8, 8, 8),
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "temporal_compression_ratio": 4,
+        "scaling_factor": 0.7,
+    }
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "mask": 3}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    pipeline = CogVideoXImageToVideoPipeline(
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"
+        ),
+        text_encoder=T5EncoderModel(
+            T5Config(vocab_size=4, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        vae=AutoencoderKLCogVideoX(**autoencoder | VERSIONS[version]["vae"]),
+        transformer=CogVideoXTransformer3DModel(**transformer | VERSIONS[version]["transformer"]),
+        scheduler=CogVideoXDDIMScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            snr_shift_scale=1.0 if version == "1.5" else 3.0,
+        ),
+    )
+    pipeline.save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("cogvideox") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def official(folder: Path) -> Any:
+    from diffusers import CogVideoXImageToVideoPipeline
+
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> CogVideoXBase:
+    opened = open_base(str(folder))
+    assert isinstance(opened, CogVideoXBase)
+    return opened
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def image_of(size: tuple[int, int]) -> Tensor:
+    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("frames", [5, 9])
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize(("guidance", "is_dynamic"), [(1.0, False), (6.0, False), (6.0, True)])
+def test_the_sampler_gives_the_video_of_the_official_pipeline(
+    base: CogVideoXBase,
+    official: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int],
+    frames: int,
+    steps: int,
+    guidance: float,
+    is_dynamic: bool,
+) -> None:
+    # The pipeline draws the first frame from the autoencoder's distribution; ours takes its mean.
+    distribution = "diffusers.models.autoencoders.vae.DiagonalGaussianDistribution"
+    monkeypatch.setattr(f"{distribution}.sample", lambda self, generator=None: self.mode())
+    height, width = size
+    shape = base.geometry.latent_shape(frames=frames, height=height, width=width)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(2))
+    image = image_of(size)
+    prompts = {
+        name: base.embed(text)["prompt"] for name, text in (("with", "a mask"), ("without", ""))
+    }
+    expected = official(
+        image=image / 2 + 0.5,
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        use_dynamic_cfg=is_dynamic,
+        latents=noise.transpose(1, 2),
+        prompt_embeds=prompts["with"],
+        negative_prompt_embeds=prompts["without"],
+        max_sequence_length=8,
+        output_type="pt",
+    ).frames
+    first = base.condition(image)
+
+    def denoise(noisy: Tensor, time: Tensor) -> Tensor:
+        named = base.denoiser()(noisy, time, **first, prompt=prompts["with"])
+        if guidance == 1:
+            return named
+        silent = base.denoiser()(noisy, time, **first, prompt=prompts["without"])
+        scale = guidance
+        if is_dynamic:  # the pipeline's formula, of the step's number in 0 ... 999
+            step = round(float(time[0]) * 1000) - 1
+            scale = 1 + guidance * (1 - np.cos(np.pi * ((steps - step) / steps) ** 5)) / 2
+        return silent + scale * (named - silent)
+
+    *_, last = sample(denoise, noise, schedule=base.schedule, steps=steps)
+    video = (base.decode(last.latents) / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    # An even number of latent frames is decoded to four frames each, the first one, too.
+    decoded = 8 if frames == 5 else frames
+    assert video.shape == expected.shape == (1, decoded, 3, *size)
+    for frame in range(decoded):
+        assert relative(video[:, frame], expected[:, frame]) < 1e-4
+    torch.testing.assert_close(base.decode_last(last.latents), base.decode(last.latents)[:, :, -1])
+
+
+def test_prompts_are_embedded_as_the_official_pipeline_does(
+    base: CogVideoXBase, official: Any
+) -> None:
+    expected, _ = official.encode_prompt(
+        "a mask", do_classifier_free_guidance=False, max_sequence_length=8
+    )
+    torch.testing.assert_close(base.embed("a mask")["prompt"], expected)
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_the_reference_trainer(base: CogVideoXBase, official: Any) -> None:
+    """Against diffusers' image-to-video LoRA script: v-prediction, weighted by 1 / (1 - alpha).
+
+    Its weighted error of the clean latents equals the error of the prediction itself.
+    """
+    generator = torch.Generator().manual_seed(3)
+    shape = base.geometry.latent_shape(frames=9, height=16, width=16)
+    clean, noise = (torch.randn(2, *shape, generator=generator) for _ in range(2))
+    steps = torch.tensor([250, 731])
+    first, prompt = base.condition(image_of((16, 16)).expand(2, -1, -1, -1)), base.embed("")
+    time = (steps + 1) / 1000
+    noisy = base.schedule.noise(clean, noise, time)
+    prediction = base.denoiser()(noisy, time, **first, **prompt)
+    ours = (prediction - base.schedule.target(clean, noise, time)).square().mean(dim=(1, 2, 3, 4))
+
+    scheduler = official.scheduler
+    theirs_noisy = scheduler.add_noise(clean, noise, steps)
+    torch.testing.assert_close(noisy, theirs_noisy, rtol=1e-5, atol=1e-5)
+    found = scheduler.get_velocity(prediction, theirs_noisy, steps)
+    weights = 1 / (1 - scheduler.alphas_cumprod[steps].float())
+    theirs = weights * (found - clean).square().mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_latents_of_a_video_are_scaled_and_merged(base: CogVideoXBase, official: Any) -> None:
+    video = torch.rand(2, 3, 9, 16, 16, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    expected = torch.cat([official.vae.encode(one[None]).latent_dist.mode() for one in video])
+    latents = base.encode(video)
+    extra = base.geometry.merged_frames - 1
+    torch.testing.assert_close(latents[:, :, extra:], expected * 0.7)
+    if extra:
+        torch.testing.assert_close(latents[:, :, 0], latents[:, :, 1])
+    assert base.encode(video[:, :, :5]).shape[2] == 2
+
+
+@torch.no_grad()
+def test_an_adapter_of_no_steps_changes_no_bit(folder: Path) -> None:
+    base = open_base(str(folder))
+    shape = base.geometry.latent_shape(frames=9, height=16, width=16)
+    noisy = torch.randn(1, *shape, generator=torch.Generator().manual_seed(5))
+    inputs = base.condition(image_of((16, 16))) | base.embed("a mask")
+    before = base.denoiser()(noisy, torch.ones(1), **inputs)
+    assert len(add_lora(base, rank=4, alpha=4, seed=0)) == 2 * 4 * 2  # layers, matrices, A and B
+    assert torch.equal(base.denoiser()(noisy, torch.ones(1), **inputs), before)
+
+
+def write_pairs(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for side in ("input", "target"):
+        for number in range(2):
+            pixels = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+            write_image(folder / side / f"{number}.png", pixels)
+    (folder / "task.toml").write_text(
+        'prompt = "a mask"\ntransition = { kind = "discrete", frames = 9 }\n'
+    )
+
+
+@pytest.mark.slow
+def test_a_trained_adapter_gives_the_same_video_in_diffusers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From pairs to a run, to a bundle, and to the official pipeline with `load_lora_weights`."""
+    from diffusers import CogVideoXImageToVideoPipeline
+
+    distribution = "diffusers.models.autoencoders.vae.DiagonalGaussianDistribution"
+    monkeypatch.setattr(f"{distribution}.sample", lambda self, generator=None: self.mode())
+    run = tmp_path / "runs" / "one"
+    write_pairs(tmp_path / "pairs")
+    config = TrainConfig(
+        base=str(folder), steps=4, batch=1, rank=4, objective="diffusion", precision="fp32"
+    )
+    *_, last = fit(tmp_path / "pairs", run, config)
+    assert last.step == 4
+
+    predictor = open_run(run)
+    image = image_of((32, 48))
+    answer = torch.from_numpy(predictor.answer(image.numpy()))
+    merged, _, values = open_merged(run)
+    bundle = tmp_path / "bundle"
+    *_, written = export_bundle(
+        merged,
+        recipe=values["recipe"],
+        prompt=merged.embed(values["task"]["prompt"]),
+        engine="onnx",
+        precision="fp32",
+        folder=bundle,
+        origin={},
+    )
+    assert written.stage == "write"
+    torch.testing.assert_close(
+        torch.from_numpy(open_bundle(bundle).answer(image.numpy())), answer, rtol=1e-3, atol=1e-3
+    )
+
+    official = CogVideoXImageToVideoPipeline.from_pretrained(folder)
+    official.set_progress_bar_config(disable=True)
+    official.load_lora_weights(run)
+    options: dict[str, Any] = {
+        "image": image / 2 + 0.5,
+        "prompt": "a mask",
+        "height": 32,
+        "width": 48,
+        "num_frames": 9,
+        "num_inference_steps": predictor.recipe.steps,
+        "guidance_scale": 1.0,
+        "latents": torch.from_numpy(predictor._noise[:1]).transpose(1, 2),
+        "max_sequence_length": 8,
+        "output_type": "pt",
+    }
+    video = official(**options).frames[:, -1]
+    assert relative((answer / 2 + 0.5).clamp(0, 1), video) < 1e-4
+    official.unload_lora_weights()
+    assert relative(official(**options).frames[:, -1], video) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("timestep_spacing", "leading"), ("rescale_betas_zero_snr", False)],
+)
+def test_a_scheduler_that_does_not_begin_at_pure_noise_is_refused(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    folder = write_tiny(tmp_path / "tiny", "1.0")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ModelError, match=key):
+        open_base(str(folder))
+
+
+@pytest.mark.parametrize("damage", ["shard", "missing", "index", "pipeline"])
+def test_a_damaged_folder_is_refused(tmp_path: Path, damage: str) -> None:
+    folder = write_tiny(tmp_path / "tiny", "1.0")
+    shard = min((folder / "transformer").glob("*.safetensors"))
+    index = folder / "model_index.json"
+    if damage == "shard":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "index":
+        index.write_text("{")
+    else:
+        index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ModelError, match=PIPELINE if damage == "pipeline" else "cannot be read"):
+        open_base(str(folder))
