@@ -206,7 +206,7 @@ def _protocol(records: Sequence[Record]) -> str:
     return (
         f"{first['size']}x{first['size']} pixels, {first['test']} test images each, "
         f"{seeds} seed{'s' * (seeds > 1)}, {first['steps']} steps; base {first['base']} "
-        f"{first['revision']}."
+        f"{first['revision']}, commit {records[0].commit or 'unknown'}."
     )
 
 

@@ -51,7 +51,7 @@ class Protocol:
     base: str = "pocket"
     size: int = 128
     test: int = 16
-    steps: int = 200
+    steps: int = 250
     unet_steps: int = 150
 
 
@@ -88,7 +88,7 @@ def run_cells(
     done = [record for record in known if record.kind == KIND]
     with TemporaryDirectory() as folder:
         for cell in cells:
-            settings = _settings(cell, protocol, revision=base.revision)
+            settings = _settings(cell, protocol, base)
             wanted = {name for name in methods if _fits(name, cell.case.codec)}
             if any(
                 (record.case, dict(record.settings)) == (cell.case.name, settings)
@@ -111,9 +111,9 @@ def run_cells(
             )
 
 
-def _settings(cell: Cell, protocol: Protocol, *, revision: str) -> dict[str, Any]:
+def _settings(cell: Cell, protocol: Protocol, base: Base) -> dict[str, Any]:
     """Give what a record says of its cell: what is its own, then what one comparison shares."""
-    training = vars(_training(protocol))
+    training = vars(_training(protocol)) | {"rate": base.rate, "layers": list(base.lora_targets)}
     return {
         "group": cell.case.group,
         "moves": cell.case.moves,
@@ -121,7 +121,7 @@ def _settings(cell: Cell, protocol: Protocol, *, revision: str) -> dict[str, Any
         "shots": cell.shots,
         "seed": cell.seed,
         **asdict(protocol),
-        "revision": revision,
+        "revision": base.revision,
         "training": {name: v for name, v in training.items() if name not in OF_A_CELL},
         "full_rate": FULL_RATE,
     }

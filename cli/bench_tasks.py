@@ -44,7 +44,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--methods", help="Names with commas, ours first.  [default: all]")
 @click.option("--base", default="pocket", show_default=True, help="The base to judge.")
 @click.option("--size", default=128, show_default=True, help="Side of the images.")
-@click.option("--steps", default=200, show_default=True, help="Updates of each training.")
+@click.option("--steps", default=250, show_default=True, help="Updates of each training.")
 @click.option("--unet-steps", default=150, show_default=True, help="Updates of the U-Net.")
 @click.option(
     "--test",

@@ -14,7 +14,8 @@ class Base(Protocol):
     """A frozen image-to-video model made flat. Axes: B batch, C F h w latents, T H W pixels.
 
     name, revision: where it came from; an adapter fits one name and revision.
-    lora_targets: names of the linear layers that an adapter changes, as PEFT takes them.
+    lora_targets: names of the layers that an adapter changes, as PEFT takes them.
+    rate: the learning rate that suits an adapter.
     Pixels are in [-1, 1]; latents are normalised to about unit variance.
     """
 
@@ -23,6 +24,7 @@ class Base(Protocol):
     geometry: Geometry
     schedule: Schedule
     lora_targets: tuple[str, ...]
+    rate: float
     device: "device"
 
     def embed(self, prompt: str) -> "dict[str, Tensor]":

@@ -59,6 +59,7 @@ def fit(
     )
     parse_augmentation(config, chosen)  # before anything is written
     base = open_base(config.base, device=config.device)
+    config = replace(config, rate=config.rate or base.rate)
     if overwrite:
         remove_run(folder, keep=pairs)
     if (folder / STATE_FILE).is_file():

@@ -126,7 +126,7 @@ class _Loop:
         adapter = partial(add_lora, rank=config.rank, alpha=config.alpha, seed=config.seed)
         self.optimiser = Optimiser(
             (trainable or adapter)(base),
-            pace=Pace(rate=config.rate, warmup=config.warmup, decay=0.3),
+            pace=Pace(rate=config.rate or base.rate, warmup=config.warmup, decay=0.3),
             clip=config.clip,
             average=config.average,
         )

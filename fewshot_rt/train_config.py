@@ -18,12 +18,12 @@ class TrainConfig:
     objective: str = option(
         "onestep", "what is learned: one step from zero noise, or diffusion", choices=OBJECTIVES
     )
-    steps: int = option(200, "updates of the adapter")
+    steps: int = option(250, "updates of the adapter")
     minutes: float | None = option(
         None, "stop after this time of updates, even before the steps are done"
     )
     batch: int = option(4, "videos in an update")
-    rate: float = option(0.002, "learning rate")
+    rate: float | None = option(None, "learning rate  [default: what suits the base]")
     rank: int = option(32, "rank of the adapter")
     alpha: int = option(32, "scale of the adapter; the update counts alpha / rank")
     warmup: int = option(20, "steps over which the learning rate comes up")

@@ -60,9 +60,10 @@ def test_fresh_adapter_changes_nothing_bit_for_bit(tiny_base):
     assert all("lora_" in name for name in trainable)
 
 
-def test_adapter_covers_attention_and_feed_forward(tiny_base):
+def test_adapter_covers_attention_feed_forward_and_both_ends(tiny_base):
     names = {name.split(".lora_")[0] for name, _ in add_lora(tiny_base, rank=2, alpha=2, seed=0)}
-    assert len(names) == 4 + 4 + 2  # self-attention, cross-attention, feed-forward
+    # Self-attention, cross-attention, feed-forward, and the layers into and out of the latents.
+    assert len(names) == 4 + 4 + 2 + 2
 
 
 def test_fresh_adapter_depends_on_the_seed_alone(tiny_base_folder):

@@ -82,7 +82,9 @@ class CogVideoXDenoiser(nn.Module):
 class CogVideoXBase:
     """A frozen CogVideoX; see `fewshot_rt.base.Base`."""
 
+    # Acuaviva et al. 2025 (layers and rate).
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    rate = 1e-4
 
     def __init__(
         self,

@@ -131,7 +131,12 @@ class PromptTable:
 class PocketBase:
     """A frozen pocket model; see `fewshot_rt.base.Base`."""
 
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    # With the layers into and out of the latents, what goes to other places is learned much sooner.
+    lora_targets = (
+        *("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
+        *("patch_embedding", "proj_out"),
+    )
+    rate = 0.004
 
     def __init__(
         self,
