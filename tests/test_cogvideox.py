@@ -267,9 +267,14 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     monkeypatch.setattr(f"{distribution}.sample", lambda self, generator=None: self.mode())
     run = tmp_path / "runs" / "one"
     write_pairs(tmp_path / "pairs")
-    config = TrainConfig(
-        base=str(folder), steps=4, batch=1, rank=4, objective="diffusion", precision="fp32"
-    )
+    options: dict[str, Any] = {
+        "steps": 4,
+        "batch": 1,
+        "rank": 4,
+        "rate": 0.005,
+        "precision": "fp32",
+    }
+    config = TrainConfig(base=str(folder), objective="diffusion", **options)
     *_, last = fit(tmp_path / "pairs", run, config)
     assert last.step == 4
 
@@ -295,7 +300,7 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     official = CogVideoXImageToVideoPipeline.from_pretrained(folder)
     official.set_progress_bar_config(disable=True)
     official.load_lora_weights(run)
-    options: dict[str, Any] = {
+    call: dict[str, Any] = {
         "image": image / 2 + 0.5,
         "prompt": "a mask",
         "height": 32,
@@ -307,10 +312,10 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
         "max_sequence_length": 8,
         "output_type": "pt",
     }
-    video = official(**options).frames[:, -1]
+    video = official(**call).frames[:, -1]
     assert relative((answer / 2 + 0.5).clamp(0, 1), video) < 1e-4
     official.unload_lora_weights()
-    assert relative(official(**options).frames[:, -1], video) > 1e-3
+    assert relative(official(**call).frames[:, -1], video) > 1e-3
 
 
 @pytest.mark.parametrize(
