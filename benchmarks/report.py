@@ -16,7 +16,7 @@ from pathlib import Path
 from fewshot_rt.errors import DataError
 from fewshot_rt.files import write_text
 
-from .curves import latest_comparison, make_group_table, make_mean_table, make_task_table
+from .curves import KIND, latest_comparison, make_group_table, make_mean_table, make_task_table
 from .markdown import table
 from .record import RESULTS, Record, read_records
 
@@ -32,7 +32,9 @@ def update_document(path: Path, folder: Path = RESULTS) -> list[str]:
     text = path.read_text(encoding="utf-8")
     names = re.findall(r"<!-- bench:([\w-]+) -->", text)
     records = read_records(folder)
-    tables = {record.case: partial(make_table, record) for record in records}
+    # Cells of learning have tables together, and may be called as other records are.
+    alone = [record for record in records if record.kind != KIND]
+    tables = {record.case: partial(make_table, record) for record in alone}
     together = latest_comparison(records)
     if together:
         tables |= {LEARNING: partial(make_mean_table, together)}

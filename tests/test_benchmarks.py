@@ -253,6 +253,11 @@ def test_only_the_marked_part_of_a_document_changes(tmp_path: Path) -> None:
     assert written.endswith("\n<!-- /bench:tiny -->\nend\n")
     assert "old" not in written
     assert replace_block(written, "tiny", "old") == text
+    # A cell of learning that is called the same, and is newer, has its table elsewhere.
+    settings = {"group": "world", "moves": False, "metric": "iou", "shots": 3, "seed": 0}
+    settings |= {"size": 32, "test": 2, "steps": 1, "base": "pocket", "revision": "a"}
+    cell = {"kind": "learning", "variants": {"copy": {"iou": 1.0, "error": 0.5}}}
+    append_record(record(date="2026-01-02", case="tiny", settings=settings, **cell), tmp_path)
     update_document(readme, tmp_path)
     assert readme.read_text() == written
     with pytest.raises(DataError, match=r"<!-- /bench:tiny --> are not both there"):
