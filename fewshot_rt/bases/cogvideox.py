@@ -11,7 +11,6 @@ Source: Yang et al. 2024 (CogVideoX); the details are those of diffusers' pipeli
 
 import json
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,6 @@ class CogVideoXBase:
         self.autoencoder, self._encode_text = autoencoder, encode_text
         config, scales = transformer.config, autoencoder.config
         space = 2 ** (len(scales.block_out_channels) - 1)
-        self.pairs = config.patch_size_t or 1
         time_factor = scales.temporal_compression_ratio
         self.geometry = Geometry(
             channels=config.out_channels,
@@ -109,7 +107,7 @@ class CogVideoXBase:
             multiple=space * config.patch_size,
             native=(config.sample_height * space, config.sample_width * space),
             frames=SHORTEST,
-            merged_frames=self.pairs,
+            merged_frames=config.patch_size_t or 1,
         )
         self._denoiser = CogVideoXDenoiser(transformer, steps=len(schedule.signal_power))
         for module in (autoencoder, self._denoiser):
@@ -127,7 +125,7 @@ class CogVideoXBase:
     def encode(self, video: Tensor) -> Tensor:
         """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
         latents = self._latents(video) * self.autoencoder.config.scaling_factor
-        missing = -latents.shape[2] % self.pairs
+        missing = -latents.shape[2] % self.geometry.merged_frames
         return torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], dim=2)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -232,7 +230,6 @@ def _encode_text(folder: Path, prompt: str, *, length: int) -> Tensor:
     return embedded
 
 
-@lru_cache(maxsize=8)
 def _crop(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Fit a grid of patches into the one of pretraining, centred: top left and bottom right.
 
