@@ -25,6 +25,11 @@ def join(device: str) -> tuple[int, int]:
             raise ConfigError(f"there are {there} GPUs: give torchrun --nproc-per-node {there}.")
         torch.cuda.set_device(own)
     if not distributed.is_initialized():
+        # Its functions take the group of the moment they are first imported (which Optimiser
+        # does) as a default, and then keep it, with its threads, beyond leave(): gloo's may
+        # abort the process as it ends.
+        from torch.distributed.nn import functional  # noqa: F401
+
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return distributed.get_rank(), distributed.get_world_size()
 

@@ -30,6 +30,9 @@ Path(sys.argv[1], f"{rank}.json").write_text(
     json.dumps([count, told, norm, layer.weight.flatten().tolist()])
 )
 leave()
+tasks = Path("/proc/self/task")
+left = [task.joinpath("comm").read_text().strip() for task in tasks.glob("*")]
+assert not [name for name in left if "gloo" in name], left
 """
 
 
