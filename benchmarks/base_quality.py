@@ -112,7 +112,7 @@ def _knowledge(base: Any, event: str, count: int, size: int) -> dict[str, float]
 def _answers(base: Any, video: Tensor, prompt: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Give the last frame as one step has it, and as the autoencoder restores it."""
     latents = base.encode(video)
-    conditions = base.condition(video[:, :, 0]) | prompt
+    conditions = base.condition(video[:, :, 0], frames=latents.shape[2]) | prompt
     denoiser = base.denoiser()
     *_, last = sample(
         lambda x, t: denoiser(x, t, **conditions),

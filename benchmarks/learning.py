@@ -37,7 +37,7 @@ MOST_PAIRS = 30
 # same.
 FULL_RATE = 0.001
 # Settings of training that a cell has for itself, or that change nothing.
-OF_A_CELL = ("seed", "shots", "save_seconds")
+OF_A_CELL = ("seed", "shots", "size", "save_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def run_cells(
 
 def _settings(cell: Cell, protocol: Protocol, base: Base) -> dict[str, Any]:
     """Give what a record says of its cell: what is its own, then what one comparison shares."""
-    training = vars(_training(protocol)) | {"rate": base.rate, "layers": list(base.lora_targets)}
+    training = vars(_training(protocol)) | vars(base.suited) | {"layers": list(base.lora_targets)}
     return {
         "group": cell.case.group,
         "moves": cell.case.moves,

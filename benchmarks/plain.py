@@ -30,8 +30,8 @@ def plain_loop(
     decode: all frames of latents, [B, C, F, h, w] -> [B, 3, T, H, W].
     Raises: ConfigError if the schedule is not of the flow kind, which diffusers' Euler takes.
     """
-    if recipe.schedule.kind != "flow":
-        raise ConfigError(f"the plain loop takes schedule 'flow', not {recipe.schedule.kind!r}.")
+    if (recipe.schedule.kind, recipe.schedule.spacing) != ("flow", "trailing"):
+        raise ConfigError("the plain loop takes the schedule 'flow' with trailing times alone.")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=recipe.schedule.shift)
     sigmas = [1 - i / recipe.steps for i in range(recipe.steps)]
 
@@ -39,7 +39,7 @@ def plain_loop(
     def answer(images: Floats) -> Floats:
         """Shapes: images, result [B, 3, H, W]."""
         pixels = torch.from_numpy(images).to(base.device)
-        conditions = {**base.condition(pixels), **prompt}
+        conditions = {**base.condition(pixels, frames=recipe.latent_shape[1]), **prompt}
         latents = _noise(recipe, len(images)).to(base.device)
         scheduler.set_timesteps(sigmas=sigmas, device=base.device)
         for timestep in scheduler.timesteps:

@@ -14,7 +14,7 @@ import click
 
 from fewshot_rt.evaluate import evaluate
 from fewshot_rt.fit import fit
-from fewshot_rt.runs import open_run
+from fewshot_rt.runs import open_run, read_run
 from fewshot_rt.task import Task
 from fewshot_rt.train_config import OBJECTIVES, TrainConfig
 
@@ -43,7 +43,7 @@ def compare_trainings(
         variants[name] = result.scores.pop("fewshot-rt") | figures
         baselines = result.scores
     reference = next(iter(configs))
-    config = configs[reference]
+    config, trained = configs[reference], read_run(folder / reference)["train"]
     return Record(
         kind="quality",
         case=case,
@@ -54,8 +54,8 @@ def compare_trainings(
             "pairs": config.shots or available,
             "base": config.base,
             "seed": config.seed,
-            "rank": config.rank,
-            "batch": config.batch,
+            "rank": trained["rank"],
+            "batch": trained["batch"],
         },
     )
 

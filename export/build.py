@@ -111,8 +111,7 @@ def _cut(base: Base, prompt: "Mapping[str, Tensor]", recipe: Recipe) -> _Model:
         size=recipe.size,
         batch=max(2, recipe.batch),
     )
-    names = tuple(spec.name for spec in signatures["denoiser"].inputs[2:])
-    roles = make_roles(base, condition_names=names)
+    roles = make_roles(base, signatures)
     runners = {n: run_eagerly(roles[n], signatures[n], device=base.device) for n in ROLES}
     fixed = {name: value.detach().cpu().numpy() for name, value in prompt.items()}
     return _Model(roles, signatures, runners, fixed, recipe, str(base.device))

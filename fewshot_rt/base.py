@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from .schedule import Schedule
 from .spec import Geometry
+from .train_config import Suited
+from .transition import Transition
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn
@@ -15,7 +17,8 @@ class Base(Protocol):
 
     name, revision: where it came from; an adapter fits one name and revision.
     lora_targets: names of the layers that an adapter changes, as PEFT takes them.
-    rate: the learning rate that suits an adapter.
+    suited: settings of training that suit an adapter, for those that are not given.
+    transition: the one that suits the base, for tasks that state none.
     Pixels are in [-1, 1]; latents are normalised to about unit variance.
     """
 
@@ -24,7 +27,8 @@ class Base(Protocol):
     geometry: Geometry
     schedule: Schedule
     lora_targets: tuple[str, ...]
-    rate: float
+    suited: Suited
+    transition: Transition
     device: "device"
 
     def embed(self, prompt: str) -> "dict[str, Tensor]":
@@ -43,8 +47,11 @@ class Base(Protocol):
         """Decode only the last frame. Shapes: [B, C, F, h, w] -> [B, 3, H, W]."""
         ...
 
-    def condition(self, image: "Tensor") -> "dict[str, Tensor]":
-        """Give what the denoiser must know of the first frame. Shapes: [B, 3, H, W] -> [B, ...]."""
+    def condition(self, image: "Tensor", *, frames: int) -> "dict[str, Tensor]":
+        """Give what the denoiser must know of the first frame of F = `frames` latent ones.
+
+        Shapes: [B, 3, H, W] -> [B, ...].
+        """
         ...
 
     def denoiser(self) -> "nn.Module":

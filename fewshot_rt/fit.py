@@ -59,7 +59,8 @@ def fit(
     )
     parse_augmentation(config, chosen)  # before anything is written
     base = open_base(config.base, device=config.device)
-    config = replace(config, rate=config.rate or base.rate)
+    task, chosen = (each.played(base.transition) for each in (task, chosen))
+    config = replace(config, **vars(config.suited(base.suited)))
     if overwrite:
         remove_run(folder, keep=pairs)
     if (folder / STATE_FILE).is_file():
@@ -94,6 +95,7 @@ def estimate(task: Task, config: TrainConfig) -> dict[str, float]:
     config = replace(config, device=pick_device(config.device))
     trial = replace(config, steps=TRIAL_STEPS, variants=1, minutes=None)
     base = open_base(config.base, device=config.device)
+    task = task.played(base.transition)
     kinds = parse_augmentation(config, task.split("train")).kinds
     clips = pairs * (config.variants if kinds else 1)
     with TemporaryDirectory() as folder:

@@ -85,7 +85,8 @@ def _encode(base: Base, videos: Iterator[np.ndarray], batch: int) -> Iterator[di
 
 def _encode_batch(base: Base, videos: list[np.ndarray]) -> dict[str, Tensor]:
     pixels = torch.from_numpy(np.stack(videos)).to(base.device)
-    tensors = {"clean": base.encode(pixels)} | base.condition(pixels[:, :, 0])
+    clean = base.encode(pixels)
+    tensors = {"clean": clean} | base.condition(pixels[:, :, 0], frames=clean.shape[2])
     return {name: value.float().cpu().contiguous() for name, value in tensors.items()}
 
 

@@ -38,8 +38,9 @@ def write_samples(folder: Path, path: Path) -> None:
         video = make_clips(
             1, size=size, generator=generator, events=(event,), pace="repeat_target"
         ).video
-        conditions = base.condition(video[:, :, 0]) | base.embed(event)
         latents = base.encode(video)
+        first = base.condition(video[:, :, 0], frames=latents.shape[2])
+        conditions = first | base.embed(event)
         answers = [
             _answer(base, torch.zeros_like(latents), conditions, steps=1),
             _answer(base, torch.randn(latents.shape, generator=generator), conditions, steps=4),

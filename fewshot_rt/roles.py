@@ -33,11 +33,14 @@ class Role(nn.Module):
         return self._forward(*tensors)
 
 
-def make_roles(base: Base, *, condition_names: tuple[str, ...]) -> dict[str, Role]:
-    """Cut a base into its roles. condition_names: in the order in which the denoiser takes them."""
+def make_roles(base: Base, signatures: Mapping[str, Signature]) -> dict[str, Role]:
+    """Cut a base into its roles, with the tensors that `make_signatures` found."""
+    video, _, *others = signatures["denoiser"].inputs
+    condition_names = tuple(spec.name for spec in others)
+    frames = int(video.axes[2])
 
     def encode(image: Tensor) -> tuple[Tensor, ...]:
-        conditions = base.condition(image)
+        conditions = base.condition(image, frames=frames)
         return tuple(conditions[name] for name in sorted(conditions))
 
     denoiser = base.denoiser()
@@ -72,7 +75,7 @@ def make_signatures(
     """
     height, width = size
     image = torch.zeros(1, 3, height, width, device=base.device)
-    conditions = base.condition(image)
+    conditions = base.condition(image, frames=latents[1])
     batched = [_spec(name, conditions[name], BATCH) for name in sorted(conditions)]
     fixed = [_spec(name, prompt[name], 1) for name in sorted(prompt)]
     pixels = TensorSpec("image", "float32", (BATCH, 3, height, width))
@@ -111,8 +114,7 @@ def eager_runners(
     base: Base, signatures: Mapping[str, Signature]
 ) -> dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]]:
     """Give the three roles of a base as functions of NumPy arrays."""
-    names = tuple(spec.name for spec in signatures["denoiser"].inputs[2:])
-    roles = make_roles(base, condition_names=names)
+    roles = make_roles(base, signatures)
     return {name: run_eagerly(roles[name], signatures[name], device=base.device) for name in ROLES}
 
 

@@ -6,6 +6,7 @@ bundles/      what `export` writes
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,15 +32,16 @@ SAMPLING = {"onestep": (1, "zero"), "diffusion": (8, "seeded")}
 def make_recipe(base: "Base", task: "Task", config: "TrainConfig") -> Recipe:
     """Give the recipe that fits an adapter trained with these settings."""
     steps, noise = SAMPLING[config.objective]
-    height, width = base.geometry.native
+    height, width = config.pixels(base.geometry.native)
     frames = task.transition.frames
+    latents = base.geometry.latent_shape(frames=frames, height=height, width=width)
     return Recipe(
         task=task.name,
         codec=task.codec,
         metrics=task.metrics,
         size=(height, width),
-        latent_shape=base.geometry.latent_shape(frames=frames, height=height, width=width),
-        schedule=base.schedule,
+        latent_shape=latents,
+        schedule=base.schedule.at(math.prod(latents[1:])),
         steps=steps,
         noise=noise,
         seed=config.seed,

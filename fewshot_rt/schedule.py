@@ -4,7 +4,7 @@ Arrays are NumPy or torch: a bundle samples without importing torch. Axes: B bat
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from .errors import ConfigError, unknown
 
 Array = Any  # numpy.ndarray or torch.Tensor; a time may also be a plain number
 
+SPACINGS = ("trailing", "thousandths", "linear_quadratic")
+# Of "linear_quadratic": how much of the noise the first half of the steps takes away.
+LINEAR_SHARE = 0.025
 COSINE_POWER = (*(math.cos(math.pi / 2 * i / 1000) ** 2 for i in range(1, 1000)), 0.0)
 
 
@@ -22,21 +25,32 @@ class Schedule:
 
     kind: "flow" (a = 1 - t, b = t, the model predicts noise - clean) or
         "v" (a² + b² = 1, the model predicts a noise - b clean).
+    spacing: how sampling times lie before they are shifted: "trailing" (even from 1 to 0),
+        "thousandths" (even from 1 to 1/1000, then 0), or "linear_quadratic" (small steps first).
     shift: moves the sampling times of "flow" towards the noise; 1 leaves them even.
+    growth: (slope, intercept) of the logarithm of the shift over the number of latent cells, for
+        models that shift larger videos more; `at` settles it. Empty if the shift is the same.
+    last: sampling times are stretched so that the last one before 0 is this; 0 leaves them.
     signal_power: a² at N even times from 1/N to 1, for "v" only; linear between them. Its last
         value must be 0 (zero terminal SNR). The default is a = cos(pi t / 2).
 
     Source: Lipman et al. 2023, eq. 20 (flow); Salimans & Ho 2022, sec. 2.4 (v); Esser et al. 2024,
-    eq. 23 (shift); Lin et al. 2024 (zero terminal SNR, trailing times).
+    eq. 23 (shift); Lin et al. 2024 (zero terminal SNR, trailing times); Polyak et al. 2024 (linear
+    and quadratic times); growth and last are as diffusers' flow-matching schedulers have them.
     """
 
     kind: str = "flow"
+    spacing: str = "trailing"
     shift: float = 1.0
+    growth: tuple[float, ...] = ()
+    last: float = 0.0
     signal_power: tuple[float, ...] = COSINE_POWER
 
     def __post_init__(self) -> None:
         if self.kind not in ("flow", "v"):
             raise ConfigError(unknown("schedule", self.kind, ("flow", "v")))
+        if self.spacing not in SPACINGS:
+            raise ConfigError(unknown("spacing", self.spacing, SPACINGS))
         if self.shift <= 0:
             raise ConfigError(f"schedule shift must be above 0, not {self.shift}")
         if abs(self.signal_power[-1]) > 1e-8:
@@ -100,18 +114,32 @@ class Schedule:
         return self.noise(clean, noise, next_time)
 
     def times(self, steps: int) -> tuple[float, ...]:
-        """List the steps + 1 times of a sampler: first exactly 1, last exactly 0, trailing spacing.
+        """List the steps + 1 times of a sampler: first exactly 1, last exactly 0.
 
         Raises: ValueError if steps is below 1.
         """
         if steps < 1:
             raise ValueError(f"a sampler needs at least 1 step, not {steps}")
-        even = (1 - i / steps for i in range(steps + 1))
-        return tuple(self.shift * t / (self.shift * t + (1 - t)) for t in even)
+        times = [self._spaced(i, steps) for i in range(steps)]
+        times = [self.shift * t / (self.shift * t + (1 - t)) for t in times]
+        if self.last and steps > 1:
+            stretch = (1 - self.last) / (1 - times[-1])
+            times = [1 - (1 - t) * stretch for t in times]
+        return (*times, 0.0)
+
+    def at(self, cells: int) -> "Schedule":
+        """Give the schedule for videos of so many latent cells, F x h x w."""
+        if not self.growth:
+            return self
+        slope, intercept = self.growth
+        return replace(self, shift=math.exp(slope * cells + intercept), growth=())
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as JSON values; the cosine table, being the default, is left out."""
+        """Give the fields as JSON values; what is as by default is left out, but kind and shift."""
         values = asdict(self)
+        for name in ("spacing", "growth", "last"):
+            if values[name] == getattr(type(self), name):
+                del values[name]
         if self.kind == "flow" or self.signal_power == COSINE_POWER:
             del values["signal_power"]
         return values
@@ -120,9 +148,22 @@ class Schedule:
     def from_dict(cls, values: dict[str, Any]) -> "Schedule":
         """Make a schedule from what `to_dict` gave."""
         values = dict(values)
-        if "signal_power" in values:
-            values["signal_power"] = tuple(values["signal_power"])
+        for name in {"signal_power", "growth"} & set(values):
+            values[name] = tuple(values[name])
         return cls(**values)
+
+    def _spaced(self, index: int, steps: int) -> float:
+        """Give the time before a step, not shifted."""
+        if self.spacing == "trailing":
+            return 1 - index / steps
+        if self.spacing == "thousandths":
+            return 1 - index / steps * (1 - 1 / 1000)
+        if steps == 1:
+            return 1.0
+        linear = steps // 2
+        quadratic = steps - linear
+        curve = (1 - LINEAR_SHARE * steps / linear) / quadratic**2
+        return 1 - LINEAR_SHARE * index / linear - curve * max(0, index - linear) ** 2
 
     def _broadcast(self, time: Array, like: Array) -> tuple[Array, Array]:
         """Give a and b in the type of a sample, shaped to multiply it."""

@@ -37,13 +37,15 @@ class Task:
     """What is to be learned, as data.
 
     name: for people. prompt: the fixed text for the video model. transition: how a pair becomes a
-    video. codec: what targets mean. metrics: names, the one to judge by first. pairs: sorted by
-    name as loaded, in the order of the draw after `shots`.
+    video; unless the task states it, a base plays its own (`played`). codec: what targets mean.
+    metrics: names, the one to judge by first. pairs: sorted by name as loaded, in the order of the
+    draw after `shots`.
     """
 
     name: str
     prompt: str
     transition: Transition
+    states_transition: bool = False
     codec: Codec
     metrics: tuple[str, ...]
     pairs: tuple[Pair, ...]
@@ -84,6 +86,10 @@ class Task:
         order = np.random.default_rng(seed).permutation(len(train))
         return replace(self, pairs=tuple(train[i] for i in order[:count]))
 
+    def played(self, transition: Transition) -> "Task":
+        """Give the task with a base's own transition, unless it states one."""
+        return self if self.states_transition else replace(self, transition=transition)
+
     def load_pairs(self) -> Iterator[tuple[Pixels, Pixels]]:
         """Read the pairs one by one, as the video shows them.
 
@@ -110,6 +116,7 @@ class Task:
             "name": self.name,
             "prompt": self.prompt,
             "transition": asdict(self.transition),
+            "states_transition": self.states_transition,
             "codec": self.codec.to_dict(),
             "metrics": list(self.metrics),
             "pairs": [
@@ -138,6 +145,7 @@ class Task:
                 name=values["name"],
                 prompt=values["prompt"],
                 transition=_transition(values["transition"]),
+                states_transition=values["states_transition"],
                 codec=Codec.from_dict(values["codec"]),
                 metrics=check_metrics(values["metrics"], values["codec"]["name"]),
                 pairs=pairs,
@@ -196,6 +204,7 @@ def _assembled(folder: Path, settings: Mapping[str, Any], pairs: tuple[Pair, ...
         name=settings.get("name", folder.resolve().name),
         prompt=settings.get("prompt", ""),
         transition=_transition(settings.get("transition", {})),
+        states_transition="transition" in settings,
         codec=codec,
         metrics=check_metrics(metrics, codec.name),
         pairs=pairs,

@@ -115,7 +115,7 @@ class _Loop:
         encoded = encode_task(
             base,
             task,
-            size=base.geometry.native,
+            size=config.pixels(base.geometry.native),
             augmentation=parse_augmentation(config, task),
             variants=config.variants,
             seed=config.seed,
@@ -123,11 +123,12 @@ class _Loop:
         )
         self.encoded = {name: value.to(base.device) for name, value in encoded.items()}
         self.prompt = base.embed(task.prompt)
-        adapter = partial(add_lora, rank=config.rank, alpha=config.alpha, seed=config.seed)
+        self.suited = suited = config.suited(base.suited)
+        adapter = partial(add_lora, rank=suited.rank, alpha=suited.alpha, seed=config.seed)
         self.optimiser = Optimiser(
             (trainable or adapter)(base),
-            pace=Pace(rate=config.rate or base.rate, warmup=config.warmup, decay=0.3),
-            clip=config.clip,
+            pace=Pace(rate=suited.rate, warmup=config.warmup, decay=0.3),
+            clip=suited.clip,
             average=config.average,
         )
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -162,7 +163,7 @@ class _Loop:
     def _draw(self) -> dict[str, Tensor]:
         """Draw a batch in which pairs come equally often, each in any variant."""
         count = len(self.encoded["clean"])
-        index = torch.randint(count, (self.config.batch,), generator=self.generator)
+        index = torch.randint(count, (self.suited.batch,), generator=self.generator)
         return {name: value[index.to(value.device)] for name, value in self.encoded.items()}
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:

@@ -1,12 +1,24 @@
 """Settings of training; apart from it, so that the command line shows them without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from .config import option
 from .errors import ConfigError
 
 OBJECTIVES = ("onestep", "diffusion")
 PRECISIONS = ("auto", "fp32", "bf16")
+SUITED = "  [default: what suits the base]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suited:
+    """Settings of training that depend on the base; see `TrainConfig` for what they are."""
+
+    batch: int
+    rate: float
+    rank: int
+    alpha: int
+    clip: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +26,9 @@ class TrainConfig:
     """Settings of `fewshot-rt train`."""
 
     base: str = option("pocket", "base model: a name, or a folder that `pretrain` wrote")
+    size: str | None = option(
+        None, "what the model sees: WIDTHxHEIGHT, or one side  [default: the base's own]"
+    )
     shots: int | None = option(None, "use only this many of the pairs, drawn by the seed")
     objective: str = option(
         "onestep", "what is learned: one step from zero noise, or diffusion", choices=OBJECTIVES
@@ -22,12 +37,14 @@ class TrainConfig:
     minutes: float | None = option(
         None, "stop after this time of updates, even before the steps are done"
     )
-    batch: int = option(4, "videos in an update")
-    rate: float | None = option(None, "learning rate  [default: what suits the base]")
-    rank: int = option(32, "rank of the adapter")
-    alpha: int = option(32, "scale of the adapter; the update counts alpha / rank")
+    batch: int | None = option(None, "videos in an update" + SUITED)
+    rate: float | None = option(None, "learning rate" + SUITED)
+    rank: int | None = option(None, "rank of the adapter" + SUITED)
+    alpha: int | None = option(
+        None, "scale of the adapter; the update counts alpha / rank" + SUITED
+    )
     warmup: int = option(20, "steps over which the learning rate comes up")
-    clip: float = option(1.0, "largest norm of the gradient")
+    clip: float | None = option(None, "largest norm of the gradient" + SUITED)
     average: float = option(
         0.95, "weight of the past in the averaged adapter; 0 keeps the last one"
     )
@@ -50,3 +67,21 @@ class TrainConfig:
                 raise ConfigError(f"{name} must not be below 0, but is {getattr(self, name)}")
         if not 0 <= self.average < 1:
             raise ConfigError(f"average must be from 0 to below 1, not {self.average}")
+        self.pixels((1, 1))
+
+    def suited(self, base: Suited) -> Suited:
+        """Give what was given, and the base's own where nothing was."""
+        given = {item.name: getattr(self, item.name) for item in fields(Suited)}
+        return replace(base, **{name: v for name, v in given.items() if v is not None})
+
+    def pixels(self, native: tuple[int, int]) -> tuple[int, int]:
+        """Give (height, width) of what the model sees; a base's own where no size was given.
+
+        Raises: ConfigError if the size cannot be read.
+        """
+        if self.size is None:
+            return native
+        sides = self.size.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+            raise ConfigError(f"size must be WIDTHxHEIGHT or one number, not {self.size!r}")
+        return int(sides[-1]), int(sides[0])

@@ -165,7 +165,7 @@ def test_the_sampler_gives_the_video_of_the_official_pipeline(
         max_sequence_length=8,
         output_type="pt",
     ).frames
-    first = base.condition(image)
+    first = base.condition(image, frames=2)
 
     def denoise(noisy: Tensor, time: Tensor) -> Tensor:
         named = base.denoiser()(noisy, time, **first, prompt=prompts["with"])
@@ -207,7 +207,10 @@ def test_the_loss_is_that_of_the_reference_trainer(base: CogVideoXBase, official
     shape = base.geometry.latent_shape(frames=9, height=16, width=16)
     clean, noise = (torch.randn(2, *shape, generator=generator) for _ in range(2))
     steps = torch.tensor([250, 731])
-    first, prompt = base.condition(image_of((16, 16)).expand(2, -1, -1, -1)), base.embed("")
+    first, prompt = (
+        base.condition(image_of((16, 16)).expand(2, -1, -1, -1), frames=4),
+        base.embed(""),
+    )
     time = (steps + 1) / 1000
     noisy = base.schedule.noise(clean, noise, time)
     prediction = base.denoiser()(noisy, time, **first, **prompt)
@@ -239,7 +242,7 @@ def test_an_adapter_of_no_steps_changes_no_bit(folder: Path) -> None:
     base = open_base(str(folder))
     shape = base.geometry.latent_shape(frames=9, height=16, width=16)
     noisy = torch.randn(1, *shape, generator=torch.Generator().manual_seed(5))
-    inputs = base.condition(image_of((16, 16))) | base.embed("a mask")
+    inputs = base.condition(image_of((16, 16)), frames=4) | base.embed("a mask")
     before = base.denoiser()(noisy, torch.ones(1), **inputs)
     assert len(add_lora(base, rank=4, alpha=4, seed=0)) == 2 * 4 * 2  # layers, matrices, A and B
     assert torch.equal(base.denoiser()(noisy, torch.ones(1), **inputs), before)

@@ -31,7 +31,7 @@ def freeze(base: Any, role: str) -> tuple[Program, Runner]:
     signatures = make_signatures(
         base, base.embed(""), latents=(8, 2, 8, 8), size=(32, 32), batch=BATCH
     )
-    module = make_roles(base, condition_names=("first", "prompt"))[role]
+    module = make_roles(base, signatures)[role]
     signature = signatures[role]
     eager = run_eagerly(module, signature, device=base.device)
     return capture(module, signature, role=role), eager

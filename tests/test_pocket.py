@@ -21,7 +21,7 @@ from fewshot_rt.world import VOCABULARY, make_clips
 def test_the_sampler_ends_on_the_given_first_frame(tiny_base, steps):
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
-    conditions = tiny_base.condition(image) | tiny_base.embed("mask")
+    conditions = tiny_base.condition(image, frames=2) | tiny_base.embed("mask")
     noise = torch.randn(2, 8, 2, 8, 8, generator=generator)
     *_, last = sample(
         lambda x, t: tiny_base.denoiser()(x, t, **conditions),

@@ -21,7 +21,7 @@ def cut(tiny_base: Any) -> tuple[dict[str, Any], dict[str, Signature]]:
     signatures = make_signatures(
         tiny_base, prompt, latents=(8, 2, 8, 8), size=(32, 32), batch=BATCH
     )
-    return make_roles(tiny_base, condition_names=("first", "prompt")), signatures
+    return make_roles(tiny_base, signatures), signatures
 
 
 def arrays(signature: Signature, **sizes: int) -> list[Tensor]:

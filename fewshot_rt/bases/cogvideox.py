@@ -27,6 +27,8 @@ from ..checkpoints import digest_folder
 from ..errors import ModelError
 from ..schedule import Schedule
 from ..spec import Geometry
+from ..train_config import Suited
+from ..transition import Transition
 
 PIPELINE = "CogVideoXImageToVideoPipeline"
 OFS = 2.0  # what the frame-rate embedding of CogVideoX1.5 is given, always
@@ -81,9 +83,10 @@ class CogVideoXDenoiser(nn.Module):
 class CogVideoXBase:
     """A frozen CogVideoX; see `fewshot_rt.base.Base`."""
 
-    # Acuaviva et al. 2025 (layers and rate).
+    # Acuaviva et al. 2025 (all of these).
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    rate = 1e-4
+    suited = Suited(batch=2, rate=1e-4, rank=64, alpha=32, clip=1.0)
+    transition = Transition(kind="discrete", frames=9)
 
     def __init__(
         self,
@@ -147,7 +150,7 @@ class CogVideoXBase:
         """
         return self.decode(latents)[:, :, -1]
 
-    def condition(self, image: Tensor) -> dict[str, Tensor]:
+    def condition(self, image: Tensor, *, frames: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Encode the first frame. Shapes: image [B, 3, H, W]; first [B, C, 1, h, w]."""
         config = self.autoencoder.config
         scale = config.scaling_factor

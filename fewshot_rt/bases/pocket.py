@@ -25,6 +25,8 @@ from ..autoencoder import AutoencoderConfig, TinyVideoAutoencoder
 from ..errors import ModelError
 from ..schedule import Schedule
 from ..spec import Geometry
+from ..train_config import Suited
+from ..transition import Transition
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "pocket"
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
@@ -136,7 +138,8 @@ class PocketBase:
         *("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
         *("patch_embedding", "proj_out"),
     )
-    rate = 0.004
+    suited = Suited(batch=4, rate=0.004, rank=32, alpha=32, clip=1.0)
+    transition = Transition(kind="repeat_target", frames=5)
 
     def __init__(
         self,
@@ -187,7 +190,7 @@ class PocketBase:
         """Decode only the last frame. Shapes: [B, C, F, h, w] -> [B, 3, H, W]."""
         return self.autoencoder.decode_last(latents)
 
-    def condition(self, image: Tensor) -> dict[str, Tensor]:
+    def condition(self, image: Tensor, *, frames: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Encode the first frame. Shapes: image [B, 3, H, W]; first [B, C, 1, h, w]."""
         return {"first": self.autoencoder.encode(image[:, :, None])}
 
