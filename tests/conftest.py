@@ -99,6 +99,56 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, write_tiny_base: Any) -> 
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_text_encoder() -> Callable[..., dict[str, Any]]:
+    """A function that makes a T5 text encoder of two words with its tokenizer, for a pipeline."""
+
+    def make(*, width: int = 16, is_multilingual: bool = False) -> dict[str, Any]:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import (
+            PreTrainedTokenizerFast,
+            T5Config,
+            T5EncoderModel,
+            UMT5Config,
+            UMT5EncoderModel,
+        )
+
+        words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "mask": 3}, "<unk>"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        sizes = {"vocab_size": 4, "d_model": width, "d_kv": 8, "d_ff": 16, "num_layers": 1}
+        sizes["num_heads"] = 2
+        encoder = (
+            UMT5EncoderModel(UMT5Config(**sizes))
+            if is_multilingual
+            else T5EncoderModel(T5Config(**sizes))
+        )
+        return {
+            "tokenizer": PreTrainedTokenizerFast(
+                tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"
+            ),
+            "text_encoder": encoder,
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_noise_pairs() -> Callable[..., None]:
+    """A function that writes two pairs of noise with a prompt, and a transition if one is given."""
+
+    def write(folder: Path, size: tuple[int, int], *, settings: str = "") -> None:
+        from fewshot_rt.images import write_image
+
+        rng = np.random.default_rng(0)
+        for side in ("input", "target"):
+            for number in range(2):
+                pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+                write_image(folder / side / f"{number}.png", pixels)
+        (folder / "task.toml").write_text(f'prompt = "a mask"\n{settings}')
+
+    return write
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, workshop: Path) -> Any:
     """Type commands in a folder with a base and pairs; give status, stdout and stderr."""

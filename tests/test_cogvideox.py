@@ -16,7 +16,6 @@ from fewshot_rt.errors import ModelError
 from fewshot_rt.export.build import export_bundle
 from fewshot_rt.export.bundle import open_bundle
 from fewshot_rt.fit import fit
-from fewshot_rt.images import write_image
 from fewshot_rt.runs import open_merged, open_run
 from fewshot_rt.sample import sample
 from fewshot_rt.train_config import TrainConfig
@@ -37,7 +36,7 @@ VERSIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_tiny(folder: Path, version: str) -> Path:
+def write_tiny(folder: Path, version: str, text: dict[str, Any]) -> Path:
     """Write a pipeline in the layout of the Hub, weights in shards, with a tokenizer of words."""
     from diffusers import (
         AutoencoderKLCogVideoX,
@@ -45,8 +44,6 @@ def write_tiny(folder: Path, version: str) -> Path:
         CogVideoXImageToVideoPipeline,
         CogVideoXTransformer3DModel,
     )
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     torch.manual_seed(0)
     transformer = {
@@ -75,15 +72,8 @@ def write_tiny(folder: Path, version: str) -> Path:
         "temporal_compression_ratio": 4,
         "scaling_factor": 0.7,
     }
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "mask": 3}, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
     pipeline = CogVideoXImageToVideoPipeline(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"
-        ),
-        text_encoder=T5EncoderModel(
-            T5Config(vocab_size=4, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-        ),
+        **text,
         vae=AutoencoderKLCogVideoX(**autoencoder | VERSIONS[version]["vae"]),
         transformer=CogVideoXTransformer3DModel(**transformer | VERSIONS[version]["transformer"]),
         scheduler=CogVideoXDDIMScheduler(
@@ -98,8 +88,13 @@ def write_tiny(folder: Path, version: str) -> Path:
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("cogvideox") / request.param, request.param)
+def folder(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_text_encoder: Any,
+) -> Path:
+    place = tmp_path_factory.mktemp("cogvideox") / request.param
+    return write_tiny(place, request.param, make_text_encoder())
 
 
 @pytest.fixture(scope="module")
@@ -248,20 +243,9 @@ def test_an_adapter_of_no_steps_changes_no_bit(folder: Path) -> None:
     assert torch.equal(base.denoiser()(noisy, torch.ones(1), **inputs), before)
 
 
-def write_pairs(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    for side in ("input", "target"):
-        for number in range(2):
-            pixels = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
-            write_image(folder / side / f"{number}.png", pixels)
-    (folder / "task.toml").write_text(
-        'prompt = "a mask"\ntransition = { kind = "discrete", frames = 9 }\n'
-    )
-
-
 @pytest.mark.slow
 def test_a_trained_adapter_gives_the_same_video_in_diffusers(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_noise_pairs: Any
 ) -> None:
     """From pairs to a run, to a bundle, and to the official pipeline with `load_lora_weights`."""
     from diffusers import CogVideoXImageToVideoPipeline
@@ -269,7 +253,7 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     distribution = "diffusers.models.autoencoders.vae.DiagonalGaussianDistribution"
     monkeypatch.setattr(f"{distribution}.sample", lambda self, generator=None: self.mode())
     run = tmp_path / "runs" / "one"
-    write_pairs(tmp_path / "pairs")
+    write_noise_pairs(tmp_path / "pairs", (32, 48))
     options: dict[str, Any] = {
         "steps": 4,
         "batch": 1,
@@ -326,9 +310,9 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     [("timestep_spacing", "leading"), ("rescale_betas_zero_snr", False)],
 )
 def test_a_scheduler_that_does_not_begin_at_pure_noise_is_refused(
-    tmp_path: Path, key: str, value: Any
+    tmp_path: Path, make_text_encoder: Any, key: str, value: Any
 ) -> None:
-    folder = write_tiny(tmp_path / "tiny", "1.0")
+    folder = write_tiny(tmp_path / "tiny", "1.0", make_text_encoder())
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ModelError, match=key):
@@ -336,8 +320,8 @@ def test_a_scheduler_that_does_not_begin_at_pure_noise_is_refused(
 
 
 @pytest.mark.parametrize("damage", ["shard", "missing", "index", "pipeline"])
-def test_a_damaged_folder_is_refused(tmp_path: Path, damage: str) -> None:
-    folder = write_tiny(tmp_path / "tiny", "1.0")
+def test_a_damaged_folder_is_refused(tmp_path: Path, make_text_encoder: Any, damage: str) -> None:
+    folder = write_tiny(tmp_path / "tiny", "1.0", make_text_encoder())
     shard = min((folder / "transformer").glob("*.safetensors"))
     index = folder / "model_index.json"
     if damage == "shard":
