@@ -1,7 +1,7 @@
 """LoRA weights of one task, and where they came from.
 
 Saved twice: as PEFT saves an adapter (`adapter/`), and as diffusers saves LoRA weights for a
-pipeline (`pytorch_lora_weights.safetensors`).
+pipeline (`pytorch_lora_weights.safetensors`, and one with `_2` for a second transformer).
 """
 
 import json
@@ -25,6 +25,11 @@ from .files import whole, write_json
 PEFT_PREFIX = "base_model.model."
 DIFFUSERS_PREFIX = "transformer."
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+# Names of weights in a base of two transformers begin so; diffusers takes a file for each.
+EXPERT_FILES = {
+    "transformer.": DIFFUSERS_FILE,
+    "transformer_2.": "pytorch_lora_weights_2.safetensors",
+}
 # The key under which diffusers looks for rank and alpha in the metadata of such a file.
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -93,11 +98,9 @@ class Adapter:
         write_json(folder / "adapter" / CONFIG_FILE, config)
         write_json(folder / "adapter" / PROVENANCE_FILE, asdict(self.provenance))
         metadata = json.dumps(_with_prefix(config, DIFFUSERS_PREFIX), sort_keys=True)
-        _write_tensors(
-            folder / DIFFUSERS_FILE,
-            _with_prefix(plain, DIFFUSERS_PREFIX),
-            {DIFFUSERS_METADATA: metadata},
-        )
+        for file, part in _by_file(plain).items():
+            named = _with_prefix(part, DIFFUSERS_PREFIX)
+            _write_tensors(folder / file, named, {DIFFUSERS_METADATA: metadata})
 
     @classmethod
     def load(cls, folder: Path) -> "Adapter":
@@ -193,6 +196,16 @@ def _transformer(base: Base) -> nn.Module:
 
 def _with_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {prefix + name: value for name, value in values.items()}
+
+
+def _by_file(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Sort weights into the files that diffusers loads, named as in one transformer."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in weights.items():
+        expert = next((prefix for prefix in EXPERT_FILES if name.startswith(prefix)), "")
+        file = EXPERT_FILES.get(expert, DIFFUSERS_FILE)
+        parts.setdefault(file, {})[name.removeprefix(expert)] = value
+    return parts
 
 
 def _as_json(value: Any) -> Any:

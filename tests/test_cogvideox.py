@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewshot_rt.adapter import add_lora
 from fewshot_rt.bases import open_base
-from fewshot_rt.bases.cogvideox import PIPELINE, CogVideoXBase
+from fewshot_rt.bases.cogvideox import PIPELINES, CogVideoXBase
 from fewshot_rt.errors import ModelError
 from fewshot_rt.export.build import export_bundle
 from fewshot_rt.export.bundle import open_bundle
@@ -332,5 +332,5 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, make_text_encoder: Any, dam
         index.write_text("{")
     else:
         index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ModelError, match=PIPELINE if damage == "pipeline" else "cannot be read"):
+    with pytest.raises(ModelError, match=PIPELINES[0] if damage == "pipeline" else "cannot be read"):
         open_base(str(folder))

@@ -158,6 +158,39 @@ def test_flow_is_the_euler_scheduler_of_diffusers(shift: float, steps: int) -> N
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("cells", [2, 660, 5000])
+@pytest.mark.parametrize("last", [0.0, 0.1])
+@pytest.mark.parametrize("steps", [2, 4, 7])
+def test_growth_and_last_are_the_dynamic_shift_of_diffusers(
+    cells: int, last: float, steps: int
+) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+
+    sizes = {"base_image_seq_len": 1024, "max_image_seq_len": 4096}
+    reference = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift_terminal=last or None, **sizes
+    )
+    mu = calculate_shift(cells, *sizes.values(), 0.95, 2.05)
+    reference.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), mu=mu)
+    slope = (2.05 - 0.95) / (4096 - 1024)
+    schedule = Schedule(kind="flow", growth=(slope, 0.95 - slope * 1024), last=last)
+    np.testing.assert_allclose(schedule.at(cells).times(steps), reference.sigmas, atol=1e-6)
+    assert schedule.at(cells).at(1) == schedule.at(cells)
+
+
+def test_one_step_with_a_last_time_goes_all_the_way() -> None:
+    assert Schedule(shift=3.0, last=0.1).times(1) == (1, 0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 50])
+def test_linear_quadratic_times_are_those_of_ltx(steps: int) -> None:
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
+
+    times = Schedule(kind="flow", spacing="linear_quadratic").times(steps)
+    np.testing.assert_allclose(times, [*linear_quadratic_schedule(steps).tolist(), 0], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "CogVideoXDDIMScheduler"])
 @pytest.mark.parametrize("steps", [1, 4, 50])
 def test_v_is_the_ddim_scheduler_of_diffusers(name: str, steps: int) -> None:
@@ -184,7 +217,15 @@ def test_v_is_the_ddim_scheduler_of_diffusers(name: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [FLOW, V, Schedule(shift=3.0), Schedule(kind="v", signal_power=(0.5, 0.0))]
+    "schedule",
+    [
+        FLOW,
+        V,
+        Schedule(shift=3.0),
+        Schedule(growth=(0.001, 0.5), last=0.1),
+        Schedule(spacing="linear_quadratic"),
+        Schedule(kind="v", signal_power=(0.5, 0.0)),
+    ],
 )
 def test_a_schedule_survives_json(schedule: Schedule) -> None:
     values = json.loads(json.dumps(schedule.to_dict()))

@@ -46,7 +46,11 @@ def _family(folder: Path) -> str:
         raise ModelError(f"the base in {folder} cannot be read ({error}).") from error
     if pipeline is None:
         return "pocket"
-    families = {load_module(__name__, name).PIPELINE: name for name in module_names(__name__)}
+    families = {
+        known: name
+        for name in module_names(__name__)
+        for known in load_module(__name__, name).PIPELINES
+    }
     if pipeline not in families:
-        raise ModelError(unknown("pipeline", pipeline, filter(None, families)))
+        raise ModelError(unknown("pipeline", pipeline, families))
     return families[pipeline]

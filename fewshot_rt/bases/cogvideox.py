@@ -27,10 +27,11 @@ from ..checkpoints import digest_folder
 from ..errors import ModelError
 from ..schedule import Schedule
 from ..spec import Geometry
+from ..text import encode_text
 from ..train_config import Suited
 from ..transition import Transition
 
-PIPELINE = "CogVideoXImageToVideoPipeline"
+PIPELINES = ("CogVideoXImageToVideoPipeline",)
 OFS = 2.0  # what the frame-rate embedding of CogVideoX1.5 is given, always
 SHORTEST = (9, 5)  # frames: the paper's, and the fewest
 
@@ -186,9 +187,9 @@ def open_base(name: str, *, device: str = "cpu") -> CogVideoXBase:
         transformer=transformer.to(device),
         autoencoder=autoencoder.to(device),
         schedule=schedule,
-        encode_text=lambda prompt: _encode_text(
-            folder, prompt, length=transformer.config.max_text_seq_length
-        ),
+        encode_text=lambda prompt: encode_text(
+            folder, prompt, length=transformer.config.max_text_seq_length, is_masked=False
+        )[0],
         name=folder.resolve().name,
         revision=digest_folder(folder),
     )
@@ -211,26 +212,6 @@ def _schedule(folder: Path) -> Schedule:
     # The DPM scheduler that some folders name has the same table of noise.
     powers = CogVideoXDDIMScheduler.from_config(config).alphas_cumprod.double().tolist()
     return Schedule(kind="v", signal_power=tuple(powers))
-
-
-def _encode_text(folder: Path, prompt: str, *, length: int) -> Tensor:
-    """Embed a prompt with the folder's T5. Shapes: result [1, L, D]."""
-    from transformers import AutoTokenizer, T5EncoderModel
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        encoder = T5EncoderModel.from_pretrained(folder / "text_encoder")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"the text encoder in {folder} cannot be read ({error}). Download all of its files "
-            "again."
-        ) from error
-    tokens = tokenizer(
-        prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        embedded: Tensor = encoder(tokens.input_ids)[0]
-    return embedded
 
 
 def _crop(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

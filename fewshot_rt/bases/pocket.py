@@ -30,7 +30,7 @@ from ..transition import Transition
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "pocket"
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
-PIPELINE = None  # its folders name none
+PIPELINES = ()  # its folders name none
 TIME_SCALE = 1000  # the transformer counts time from 0 to 1000
 PROMPT_WORDS = 4  # tokens of a prompt
 PATCHES = "patch_embedding.weight"

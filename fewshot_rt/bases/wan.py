@@ -1,0 +1,318 @@
+"""Wan 2.1 and 2.2, image to video, from a folder in diffusers' layout.
+
+Flow matching over the latents of a causal 3D autoencoder. Three ways to take the first frame:
+- Wan2.1-I2V-14B and Wan2.2-I2V-A14B: as a video whose other frames are grey, encoded, with a mask,
+  as channels beside the noisy ones; Wan2.1 also sees it through CLIP;
+- Wan2.2-TI2V-5B: as the first latent frame itself, clean, its tokens at time 0.
+Wan2.2-I2V-A14B consists of two transformers, one for the noisier times.
+Axes: B batch, C channels, T frames, H W pixels, F latent frames, h w latent grid, L tokens, D
+width, N tokens of CLIP.
+Source: Wan team 2025 (Wan: open and advanced large-scale video generative models); the details are
+those of diffusers' pipeline.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..checkpoints import INDEX_FILE, digest_folder
+from ..errors import ModelError
+from ..schedule import Schedule
+from ..spec import Geometry
+from ..text import encode_text
+from ..train_config import Suited
+from ..transition import Transition
+
+PIPELINES = ("WanImageToVideoPipeline", "WanPipeline")
+STEPS = 1000  # the transformers count time from 0 to here, in whole steps
+PROMPT_TOKENS = 512  # fixed in the attention of diffusers' Wan
+SMALL, LARGE, WIDE = (480, 832), (720, 1280), (704, 1280)
+LARGE_SHIFT = 5.0  # the scheduler of the checkpoint for 720p shifts times by this, for 480p less
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP
+
+
+class Experts(nn.Module):
+    """Two transformers, the first for times from a boundary on; named as in the folder.
+
+    Where a graph is captured, both run at every step and the boundary chooses; else only those
+    that a batch needs.
+    """
+
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        transformer_2: WanTransformer3DModel,
+        *,
+        boundary: float,
+    ) -> None:
+        super().__init__()
+        self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
+
+    @property
+    def config(self) -> Any:
+        """Give the configuration, the same for both."""
+        return self.transformer.config
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, **others: Any) -> tuple[Tensor]:
+        """Predict as `WanTransformer3DModel` does. Shapes: timestep [B]."""
+        is_first = timestep >= self.boundary * STEPS
+        if not torch.compiler.is_compiling() and bool(is_first.all() | ~is_first.any()):
+            expert = self.transformer if is_first.all() else self.transformer_2
+            return (expert(hidden_states, timestep, **others)[0],)
+        first = self.transformer(hidden_states, timestep, **others)[0]
+        second = self.transformer_2(hidden_states, timestep, **others)[0]
+        return (torch.where(is_first[:, None, None, None, None], first, second),)
+
+
+class WanDenoiser(nn.Module):
+    """The transformer, or the two of them, behind the one layout that all bases share."""
+
+    def __init__(self, transformer: WanTransformer3DModel | Experts) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self,
+        noisy: Tensor,
+        time: Tensor,
+        prompt: Tensor,
+        *,
+        first: Tensor | None = None,
+        known: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Predict noise - clean; with `first`, the first frame's leads exactly to it.
+
+        Shapes: noisy, result [B, C, F, h, w]; time [B] in (0, 1]; prompt [1, L, D];
+        first [B, C, 1, h, w], or known [B, 4 + C, F, h, w] and image_tokens [B, N, D].
+        """
+        # Whole steps, of which the first is 999. The addend mends what fp32 loses.
+        step = (time * STEPS + 1e-3).floor().clamp(max=STEPS - 1)
+        if first is not None:
+            seen, timestep = torch.cat([first, noisy[:, :, 1:]], dim=2), self._by_token(noisy, step)
+        elif known is not None:
+            seen, timestep = torch.cat([noisy, known], dim=1), step
+        prediction: Tensor = self.transformer(
+            hidden_states=seen,
+            timestep=timestep,
+            encoder_hidden_states=prompt.expand(noisy.shape[0], -1, -1),
+            encoder_hidden_states_image=image_tokens,
+            return_dict=False,
+        )[0]
+        if first is None:
+            return prediction
+        towards_first = (noisy[:, :, :1] - first) / time[:, None, None, None, None]
+        return torch.cat([towards_first, prediction[:, :, 1:]], dim=2)
+
+    def _by_token(self, noisy: Tensor, step: Tensor) -> Tensor:
+        """Give each token its time: 0 for the first frame. Shapes: [B] -> [B, L]."""
+        frames, height, width = noisy.shape[2:]
+        _, down, across = self.transformer.config.patch_size
+        count = (height // down) * (width // across)
+        later = step[:, None].expand(-1, (frames - 1) * count)
+        return torch.cat([step.new_zeros(step.shape[0], count), later], dim=1)
+
+
+class ImageEncoder(nn.Module):
+    """CLIP's tower for images, and how it wants them."""
+
+    def __init__(self, tower: nn.Module, *, side: int) -> None:
+        super().__init__()
+        self.tower, self.side = tower, side
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Give the last layer but one. Shapes: [B, 3, H, W] in [-1, 1] -> [B, N, D]."""
+        hidden: Tensor = self.tower(self.prepare(image), output_hidden_states=True).hidden_states[
+            -2
+        ]
+        return hidden
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Fit the shorter side, cut out the middle and normalise.
+
+        Shapes: [B, 3, H, W] in [-1, 1] -> [B, 3, side, side].
+        """
+        shorter = min(image.shape[-2:])
+        size = [self.side * length // shorter for length in image.shape[-2:]]
+        if size != list(image.shape[-2:]):
+            image = functional.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        top, left = ((length - self.side) // 2 for length in size)
+        image = image[..., top : top + self.side, left : left + self.side] / 2 + 0.5
+        mean, std = (image.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+        return (image - mean) / std
+
+
+class WanBase:
+    """A frozen Wan; see `fewshot_rt.base.Base`."""
+
+    # Acuaviva et al. 2025; the layers are not stated there, but follow from their sizes.
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "ffn.net.0.proj", "ffn.net.2")
+    suited = Suited(batch=1, rate=1e-4, rank=64, alpha=32, clip=0.05)
+    transition = Transition(kind="discrete", frames=9)
+
+    def __init__(
+        self,
+        *,
+        transformer: WanTransformer3DModel | Experts,
+        autoencoder: AutoencoderKLWan,
+        image_encoder: ImageEncoder | None,
+        schedule: Schedule,
+        is_first_clean: bool,
+        encode_prompt: Callable[[str], Tensor],
+        name: str,
+        revision: str,
+    ) -> None:
+        self.name, self.revision, self.schedule = name, revision, schedule
+        self.autoencoder, self.image_encoder = autoencoder, image_encoder
+        if image_encoder is not None:
+            self.lora_targets = (*self.lora_targets, "add_k_proj", "add_v_proj")
+        self.is_first_clean, self._encode_prompt = is_first_clean, encode_prompt
+        scales = autoencoder.config
+        space = scales.scale_factor_spatial
+        large = LARGE if image_encoder and schedule.shift >= LARGE_SHIFT else SMALL
+        self.geometry = Geometry(
+            channels=scales.z_dim,
+            time_factor=scales.scale_factor_temporal,
+            space_factor=space,
+            multiple=space * transformer.config.patch_size[1],
+            native=WIDE if is_first_clean else large,
+            frames=(5, 9),
+            known_frames=int(is_first_clean),
+        )
+        self._denoiser = WanDenoiser(transformer)
+        for module in (autoencoder, image_encoder, self._denoiser):
+            if module is not None:
+                module.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self._denoiser.parameters()).device
+
+    def embed(self, prompt: str) -> dict[str, Tensor]:
+        """Embed a prompt; the text encoder is loaded and let go. Shapes: prompt [1, L, D]."""
+        return {"prompt": self._encode_prompt(prompt).to(self.device)}
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
+        latents: Tensor = self.autoencoder.encode(video).latent_dist.mode()
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode all frames. Shapes: [B, C, F, h, w] -> [B, 3, T, H, W]."""
+        mean, std = self._statistics(latents)
+        video: Tensor = self.autoencoder.decode(latents * std + mean).sample
+        return video
+
+    def decode_last(self, latents: Tensor) -> Tensor:
+        """Decode the last frame. All go through: every layer of the decoder remembers frames.
+
+        Shapes: [B, C, F, h, w] -> [B, 3, H, W].
+        """
+        return self.decode(latents)[:, :, -1]
+
+    def condition(self, image: Tensor, *, frames: int) -> dict[str, Tensor]:
+        """Encode the first frame, in the version's own way.
+
+        Shapes: image [B, 3, H, W]; first [B, C, 1, h, w], or known [B, 4 + C, F, h, w] and, for
+        Wan2.1, image_tokens [B, N, D].
+        """
+        if self.is_first_clean:
+            return {"first": self.encode(image[:, :, None])}
+        grey = (frames - 1) * self.geometry.time_factor
+        video = functional.pad(image[:, :, None], (0, 0, 0, 0, 0, grey))
+        latents = self.encode(video)
+        mask = torch.zeros_like(latents[:, :1]).repeat(1, self.geometry.time_factor, 1, 1, 1)
+        mask[:, :, 0] = 1
+        conditions = {"known": torch.cat([mask, latents], dim=1)}
+        if self.image_encoder is not None:
+            conditions["image_tokens"] = self.image_encoder(image)
+        return conditions
+
+    def denoiser(self) -> WanDenoiser:
+        """Give the module that predicts; the same at every call."""
+        return self._denoiser
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.autoencoder.config
+        return (
+            like.new_tensor(config.latents_mean)[:, None, None, None],
+            like.new_tensor(config.latents_std)[:, None, None, None],
+        )
+
+
+def open_base(name: str, *, device: str = "cpu") -> WanBase:
+    """Open a folder with a Wan image-to-video pipeline.
+
+    Raises: ModelError if a file is missing or damaged, or it makes videos of text alone.
+    """
+    folder = Path(name)
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        is_first_clean = bool(index.get("expand_timesteps"))
+        transformer = _transformer(folder, boundary=index.get("boundary_ratio"))
+        autoencoder = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
+        image_encoder = _image_encoder(folder) if transformer.config.image_dim else None
+        schedule = _schedule(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"the base in {folder} cannot be read ({error}). Download all of its files again."
+        ) from error
+    seen = transformer.config.in_channels
+    if not is_first_clean and seen == autoencoder.config.z_dim:
+        raise ModelError(
+            f"the base in {folder} makes videos of text alone. Take one that begins with an image, "
+            "such as Wan-AI/Wan2.2-TI2V-5B-Diffusers."
+        )
+    return WanBase(
+        transformer=transformer.to(device),
+        autoencoder=autoencoder.to(device),
+        image_encoder=image_encoder and image_encoder.to(device),
+        schedule=schedule,
+        is_first_clean=is_first_clean,
+        encode_prompt=lambda prompt: _encode_prompt(folder, prompt),
+        name=folder.resolve().name,
+        revision=digest_folder(folder),
+    )
+
+
+def _transformer(folder: Path, *, boundary: float | None) -> WanTransformer3DModel | Experts:
+    transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    if boundary is None:
+        return transformer
+    second = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer_2")
+    return Experts(transformer, second, boundary=boundary)
+
+
+def _image_encoder(folder: Path) -> ImageEncoder:
+    from transformers import CLIPVisionModel
+
+    tower = CLIPVisionModel.from_pretrained(folder / "image_encoder")
+    return ImageEncoder(tower, side=tower.config.image_size)
+
+
+def _schedule(folder: Path) -> Schedule:
+    """Read the schedule of a pipeline's scheduler: UniPC's times, or Euler's, for flow matching.
+
+    Raises: ValueError if it is made for something else.
+    """
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    if config["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+        return Schedule(kind="flow", shift=config.get("shift", 1.0))
+    if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
+        raise ValueError(f"its {config['_class_name']} is not made for flow matching")
+    return Schedule(kind="flow", spacing="thousandths", shift=config.get("flow_shift", 1.0))
+
+
+def _encode_prompt(folder: Path, prompt: str) -> Tensor:
+    """Embed a prompt with the folder's UMT5, zeros behind it. Shapes: result [1, L, D]."""
+    prompt = " ".join(prompt.split())
+    embedded, mask = encode_text(folder, prompt, length=PROMPT_TOKENS, is_masked=True)
+    return embedded * mask[..., None]
