@@ -37,7 +37,8 @@ MOST_PAIRS = 30
 # same.
 FULL_RATE = 0.001
 # Settings of training that a cell has for itself, or that change nothing.
-OF_A_CELL = ("seed", "shots", "size", "save_seconds")
+# What is a cell's own, and what does not change the outcome.
+OF_A_CELL = ("seed", "shots", "size", "save_seconds", "weights", "checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +227,9 @@ def _network(
         cache = folder.parent / ".latents"
         for _ in train(base, task, config, Path(state), cache=cache, trainable=trainable):
             pass
-    return partial(answer_images, base_predictor(base, recipe, task.prompt, origin="cell"))
+    return partial(
+        answer_images, base_predictor(base, recipe, base.embed(task.prompt), origin="cell")
+    )
 
 
 def _training(protocol: Protocol) -> TrainConfig:

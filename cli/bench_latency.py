@@ -65,13 +65,11 @@ def _measure(place: Path, *, batch: int, rounds: int) -> Any:
     if batch > values["recipe"].batch:
         raise ConfigError(f"--batch goes up to {values['recipe'].batch}, that of the run's bundles")
     recipe = replace(values["recipe"], batch=batch)
-    prompt = values["task"]["prompt"]
+    prompt = values["prompt"]
     eager = base_predictor(merged, recipe, prompt, origin="eager")
-    attached = open_base(values["train"]["base"])
+    attached = open_base(values["train"]["base"], vae=values["train"].get("vae"))
     Adapter.load(place).attach(attached)
-    plain = plain_loop(
-        attached, prompt=attached.embed(prompt), recipe=recipe, decode=attached.decode
-    )
+    plain = plain_loop(attached, prompt=prompt, recipe=recipe, decode=attached.decode)
     variants = {"plain": plain, "eager": eager.answer}
     for manifest in sorted(place.glob(f"bundles/*/{MANIFEST_FILE}")):
         bundle = open_bundle(manifest.parent).with_recipe(batch=batch)

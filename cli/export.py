@@ -37,14 +37,13 @@ def command(
     from fewshot_rt.export.build import export_bundle
 
     base, adapter, values = open_merged(place)
-    prompt = values["task"]["prompt"]
     stages = 13  # four a role, three roles, and the whole way
     parity: dict[str, float] = {}
     with meter(f"export {engine}") as shown:
         steps = export_bundle(
             base,
             recipe=values["recipe"],
-            prompt=base.embed(prompt),
+            prompt=values["prompt"],
             engine=engine,
             precision=precision,
             folder=folder,

@@ -1,7 +1,8 @@
 """LoRA weights of one task, and where they came from.
 
-Saved twice: as PEFT saves an adapter (`adapter/`), and as diffusers saves LoRA weights for a
-pipeline (`pytorch_lora_weights.safetensors`, and one with `_2` for a second transformer).
+Saved as PEFT saves an adapter (`adapter/`), as diffusers saves LoRA weights for a pipeline
+(`pytorch_lora_weights.safetensors`, and one with `_2` for a second transformer), and, where ComfyUI
+has the model, under its names (`comfyui_lora_weights.safetensors`, and one with `_2`).
 """
 
 import json
@@ -19,16 +20,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .base import Base
+from .comfy import comfy_weights
 from .errors import ModelError
 from .files import whole, write_json
 
 PEFT_PREFIX = "base_model.model."
 DIFFUSERS_PREFIX = "transformer."
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-# Names of weights in a base of two transformers begin so; diffusers takes a file for each.
+# Names of weights in a base of two transformers begin so; diffusers takes a file for each, and so
+# does ComfyUI. The weights of a base of one transformer go where those of the first go.
 EXPERT_FILES = {
     "transformer.": DIFFUSERS_FILE,
     "transformer_2.": "pytorch_lora_weights_2.safetensors",
+}
+COMFY_FILES = {
+    "transformer.": "comfyui_lora_weights.safetensors",
+    "transformer_2.": "comfyui_lora_weights_2.safetensors",
 }
 # The key under which diffusers looks for rank and alpha in the metadata of such a file.
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -61,11 +68,13 @@ class Adapter:
 
     weights: "blocks.0.attn1.to_q.lora_A.weight" and so on. The update of a layer is
     alpha / rank x B A (Hu et al. 2021, sec. 4.1).
+    comfy_names: those of the base; None, as after loading, saves nothing for ComfyUI.
     """
 
     config: LoraConfig
     weights: Mapping[str, Tensor]
     provenance: Provenance
+    comfy_names: Mapping[str, str] | None = None
 
     def merge(self, base: Base) -> None:
         """Add the update to the weights of a base, in fp32, and leave plain layers behind.
@@ -74,7 +83,7 @@ class Adapter:
         """
         transformer = _transformer(base)
         self._require_base(base)
-        inject_adapter_in_model(self.config, transformer)
+        _inject(self.config, transformer)
         self._load_into(transformer)
         merge_layers(transformer)
 
@@ -84,11 +93,11 @@ class Adapter:
         Raises: ModelError if the adapter was made for another base or does not fit it whole.
         """
         self._require_base(base)
-        inject_adapter_in_model(self.config, _transformer(base))
+        _inject(self.config, _transformer(base))
         self._load_into(_transformer(base))
 
     def save(self, folder: Path) -> None:
-        """Write `adapter/` and the file for diffusers into a run folder, each file whole.
+        """Write `adapter/` and the files for diffusers and ComfyUI into a run folder, each whole.
 
         Raises: DataError if the disk is full or the folder cannot be written to.
         """
@@ -98,9 +107,12 @@ class Adapter:
         write_json(folder / "adapter" / CONFIG_FILE, config)
         write_json(folder / "adapter" / PROVENANCE_FILE, asdict(self.provenance))
         metadata = json.dumps(_with_prefix(config, DIFFUSERS_PREFIX), sort_keys=True)
-        for file, part in _by_file(plain).items():
+        for expert, part in _by_expert(plain).items():
             named = _with_prefix(part, DIFFUSERS_PREFIX)
-            _write_tensors(folder / file, named, {DIFFUSERS_METADATA: metadata})
+            _write_tensors(folder / EXPERT_FILES[expert], named, {DIFFUSERS_METADATA: metadata})
+            if self.comfy_names is not None:
+                named = comfy_weights(part, self.comfy_names, alpha=self.config.lora_alpha)
+                _write_tensors(folder / COMFY_FILES[expert], named, {})
 
     @classmethod
     def load(cls, folder: Path) -> "Adapter":
@@ -162,7 +174,7 @@ def add_lora(base: Base, *, rank: int, alpha: int, seed: int) -> list[tuple[str,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            inject_adapter_in_model(config, transformer)
+            _inject(config, transformer)
         except ValueError as error:
             raise ModelError(f"the adapter cannot be attached to {base.name}: {error}") from error
     return [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
@@ -178,7 +190,7 @@ def snapshot(base: Base, provenance: Provenance) -> Adapter:
         target_modules=list(base.lora_targets),
     )
     weights = {k: v.detach().clone() for k, v in get_peft_model_state_dict(transformer).items()}
-    return Adapter(config, weights, provenance)
+    return Adapter(config, weights, provenance, base.comfy_names)
 
 
 def merge_layers(module: nn.Module) -> None:
@@ -190,6 +202,18 @@ def merge_layers(module: nn.Module) -> None:
         setattr(module.get_submodule(parent_name), child, layer.get_base_layer())
 
 
+def _inject(config: LoraConfig, transformer: nn.Module) -> None:
+    """Put fresh LoRA layers into a transformer, in fp32 whatever its own weights are in.
+
+    Raises: ValueError if it has none of the layers.
+    """
+    inject_adapter_in_model(config, transformer)
+    for layer in transformer.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for name in layer.adapter_layer_names:
+                getattr(layer, name).float()
+
+
 def _transformer(base: Base) -> nn.Module:
     return base.denoiser().get_submodule("transformer")
 
@@ -198,13 +222,12 @@ def _with_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {prefix + name: value for name, value in values.items()}
 
 
-def _by_file(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sort weights into the files that diffusers loads, named as in one transformer."""
+def _by_expert(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Sort weights by their transformer, a key of `EXPERT_FILES`; named as in one transformer."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in weights.items():
-        expert = next((prefix for prefix in EXPERT_FILES if name.startswith(prefix)), "")
-        file = EXPERT_FILES.get(expert, DIFFUSERS_FILE)
-        parts.setdefault(file, {})[name.removeprefix(expert)] = value
+        expert = next((e for e in EXPERT_FILES if name.startswith(e)), next(iter(EXPERT_FILES)))
+        parts.setdefault(expert, {})[name.removeprefix(expert)] = value
     return parts
 
 

@@ -4,7 +4,7 @@ The block layout (memory blocks, time pooling and growing) is that of TAEHV, Boe
 Axes: B batch, T frames, H W pixels, F latent frames, C channels, h w latent grid; N = B x frames.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -121,17 +121,17 @@ class TinyVideoAutoencoder(nn.Module):
     """Encode 1 + k x time_factor frames to 1 + k latent frames, and back.
 
     The first frame is repeated to fill its latent frame, so a video's first latent frame is that of
-    its first image alone.
+    its first image alone. decoder_widths: those of the decoder, where they are others.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, *, decoder_widths: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.config = config
         self.encoder = _encoder(config)
-        self.decoder = _decoder(config)
+        self.decoder = _decoder(replace(config, widths=decoder_widths or config.widths))
         if config.has_shortcut:
             pixels = 3 * config.space_factor**2 * config.time_factor
             self.shortcut_in = nn.Conv2d(pixels, config.latent_channels, 1)
@@ -149,7 +149,7 @@ class TinyVideoAutoencoder(nn.Module):
         lead = video[:, :, :1].expand(-1, -1, self.config.time_factor - 1, -1, -1)
         video = torch.cat([lead, video], dim=2).transpose(1, 2)
         frames = functional.pixel_unshuffle(video, self.config.patch)
-        latents = _run(self.encoder, frames, keep=None)
+        latents = self._encode(frames)
         if self.config.has_shortcut:
             cells = self._cells(video)
             latents = latents + self.shortcut_in(cells.flatten(0, 1)).unflatten(0, cells.shape[:2])
@@ -166,6 +166,9 @@ class TinyVideoAutoencoder(nn.Module):
         Shapes: latents [B, C, F, h, w]; result [B, 3, H, W].
         """
         return self._decode(latents, keep=1)[:, :, 0]
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        return _run(self.encoder, frames, keep=None)
 
     def _decode(self, latents: Tensor, keep: int | None) -> Tensor:
         latents = latents.transpose(1, 2) * self.std + self.mean

@@ -19,6 +19,7 @@ class Base(Protocol):
     lora_targets: names of the layers that an adapter changes, as PEFT takes them.
     suited: settings of training that suit an adapter, for those that are not given.
     transition: the one that suits the base, for tasks that state none.
+    comfy_names: parts of layers' names, and ComfyUI's for them; None where it has no such model.
     Pixels are in [-1, 1]; latents are normalised to about unit variance.
     """
 
@@ -29,7 +30,16 @@ class Base(Protocol):
     lora_targets: tuple[str, ...]
     suited: Suited
     transition: Transition
+    comfy_names: Mapping[str, str] | None
     device: "device"
+
+    def networks(self) -> "dict[str, nn.Module]":
+        """Give the networks besides the denoiser, by name."""
+        ...
+
+    def rest(self) -> None:
+        """Let the networks besides the denoiser make room until they are used again."""
+        ...
 
     def embed(self, prompt: str) -> "dict[str, Tensor]":
         """Embed a prompt. Shapes: every tensor [1, ...]; a denoiser repeats it over its batch."""

@@ -27,10 +27,31 @@ def pick_device(device: str) -> str:
     return device
 
 
+def weight_type(device: str) -> torch.dtype:
+    """Give the type in which large frozen weights are kept: bf16 on cuda, fp32 on the CPU."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
 def has_fast_bf16() -> bool:
     """Say whether this processor multiplies bf16 faster than fp32."""
     has_mkldnn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Say what to do where the memory of a GPU does not suffice.
+
+    Raises: ModelError then.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the GPU's memory does not suffice ({str(error).splitlines()[0]}). What saves most, "
+            "first: --weights nf4, --checkpointing, --batch 1, a smaller --size; a task.toml with "
+            "fewer frames; and other programs off the GPU."
+        ) from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The latents of a task's transition videos, encoded once and kept by content.
+"""The latents of a task's transition videos and its prompt, encoded once and kept by content.
 
 Axes: N clips, C channels, F latent frames, h w latent grid.
 """
@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,17 @@ from .task import Task
 
 # Pixels of the videos that are encoded at once; a larger video goes alone.
 ENCODE_PIXELS = 8 * 5 * 128 * 128
+
+
+def embed_prompt(base: Base, prompt: str, *, cache: Path) -> dict[str, Tensor]:
+    """Embed a prompt, or read it from the cache. Shapes: every tensor [1, ...]."""
+    path = cache / f"{_digest({'base': [base.name, base.revision], 'prompt': prompt})}.safetensors"
+    embedded = _read(path)
+    if embedded is None:
+        embedded = base.embed(prompt)
+        with whole(path) as temporary:
+            save_file({n: v.cpu().contiguous() for n, v in embedded.items()}, temporary)
+    return {name: value.to(base.device) for name, value in embedded.items()}
 
 
 @torch.no_grad()
@@ -51,8 +63,7 @@ def encode_task(
         "variants": variants,
         "seed": seed,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache / f"{digest}.safetensors"
+    path = cache / f"{_digest(key)}.safetensors"
     kept = _read(path)
     if kept is not None:
         return kept
@@ -62,6 +73,10 @@ def encode_task(
     with whole(path) as temporary:
         save_file(latents, temporary)
     return latents
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _videos(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Base
+from .device import enough_memory
 from .spec import ROLES, Signature, TensorSpec
 
 BATCH = "batch"
@@ -52,7 +53,7 @@ def make_roles(base: Base, signatures: Mapping[str, Signature]) -> dict[str, Rol
     def decode(latents: Tensor) -> tuple[Tensor, ...]:
         return (base.decode_last(latents),)
 
-    parts = {n: m for n, m in vars(base).items() if isinstance(m, nn.Module) and m is not denoiser}
+    parts = base.networks()
     return {
         "encoder": Role(encode, parts),
         "denoiser": Role(denoise, {"denoiser": denoiser}),
@@ -101,7 +102,8 @@ def run_eagerly(
     @torch.inference_mode()
     def runner(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         given = [torch.from_numpy(tensors[spec.name]).to(device) for spec in signature.inputs]
-        results = role(*given)
+        with enough_memory():
+            results = role(*given)
         return {
             spec.name: value.float().cpu().numpy()
             for spec, value in zip(signature.outputs, results, strict=True)

@@ -1,8 +1,8 @@
 """Run folders: what training writes, and how a run opens as a base or as a predictor.
 
 config.json   resolved settings, recipe and versions      task.json    the task and its pairs
-adapter/      LoRA weights, as PEFT saves them            metrics.jsonl, panels/, state/, card.md
-bundles/      what `export` writes
+adapter/      LoRA weights, as PEFT saves them            prompt.safetensors   it, embedded
+bundles/      what `export` writes                        metrics.jsonl, panels/, state/, card.md
 """
 
 import json
@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import FewshotError, ModelError
-from .files import write_json, write_text
+from .files import whole, write_json, write_text
 from .predictor import Predictor, Recipe
 from .versions import versions
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import Tensor
+
     from .adapter import Adapter
     from .base import Base
     from .task import Task
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 LATEST = "latest"
 HINT = "Train one: fewshot-rt train PAIRS. Or name another with --runs, or a path."
 CONFIG_FILE, TASK_FILE, MANIFEST_FILE = "config.json", "task.json", "manifest.json"
+PROMPT_FILE = "prompt.safetensors"
 # Steps and noise that fit what was learned; seeds are those of training.
 SAMPLING = {"onestep": (1, "zero"), "diffusion": (8, "seeded")}
 
@@ -49,12 +55,20 @@ def make_recipe(base: "Base", task: "Task", config: "TrainConfig") -> Recipe:
 
 
 def write_run(
-    folder: Path, *, base: "Base", config: "TrainConfig", task: "Task", recipe: Recipe
+    folder: Path,
+    *,
+    base: "Base",
+    config: "TrainConfig",
+    task: "Task",
+    recipe: Recipe,
+    prompt: "Mapping[str, Tensor]",
 ) -> None:
-    """Write what a run needs besides its adapter.
+    """Write what a run needs besides its adapter. prompt: the task's, as the base embeds it.
 
     Raises: DataError if the disk is full or the folder cannot be written to.
     """
+    from safetensors.torch import save_file
+
     values = {
         "train": vars(config),
         "recipe": recipe.to_dict(),
@@ -64,6 +78,8 @@ def write_run(
     }
     write_json(folder / CONFIG_FILE, values)
     write_json(folder / TASK_FILE, task.to_dict())
+    with whole(folder / PROMPT_FILE) as temporary:
+        save_file({n: v.cpu().contiguous() for n, v in prompt.items()}, temporary)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -85,6 +101,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 def open_merged(folder: Path, *, device: str = "cpu") -> "tuple[Base, Adapter, dict[str, Any]]":
     """Open a run's base with its adapter merged; give the adapter and the run's settings too.
 
+    "prompt" in the settings is the task's, embedded. A base whose weights were quantised for
+    training is opened as it is: an update merged into few bits would be lost in their rounding.
+
     Raises: ModelError if the run, its adapter or its base is missing, damaged or does not fit.
     """
     from .adapter import Adapter
@@ -92,8 +111,13 @@ def open_merged(folder: Path, *, device: str = "cpu") -> "tuple[Base, Adapter, d
 
     values = read_run(folder)
     adapter = Adapter.load(folder)
-    base = open_base(values["train"]["base"], device=device)
+    kept = values["train"]["weights"]
+    weights = kept if kept in ("fp32", "bf16") else "auto"
+    base = open_base(
+        values["train"]["base"], device=device, weights=weights, vae=values["train"].get("vae")
+    )
     adapter.merge(base)
+    values["prompt"] = _read_prompt(folder, base.device)
     return base, adapter, values
 
 
@@ -103,27 +127,38 @@ def open_run(folder: Path, *, device: str = "cpu") -> Predictor:
     Raises: ModelError if the run, its adapter or its base is missing, damaged or does not fit.
     """
     base, _, values = open_merged(folder, device=device)
-    return base_predictor(base, values["recipe"], values["task"]["prompt"], origin=str(folder))
+    return base_predictor(base, values["recipe"], values["prompt"], origin=str(folder))
 
 
-def base_predictor(base: "Base", recipe: Recipe, prompt: str, *, origin: str) -> Predictor:
+def base_predictor(
+    base: "Base", recipe: Recipe, prompt: "Mapping[str, Tensor]", *, origin: str
+) -> Predictor:
     """Make a predictor of a base as it is, with whatever adapter it holds."""
     from .roles import eager_runners, make_signatures
 
-    embedded = base.embed(prompt)
     signatures = make_signatures(
         base,
-        embedded,
+        prompt,
         latents=recipe.latent_shape,
         size=recipe.size,
         batch=recipe.batch,
     )
     return Predictor(
         eager_runners(base, signatures),
-        prompt={name: value.cpu().numpy() for name, value in embedded.items()},
+        prompt={name: value.cpu().numpy() for name, value in prompt.items()},
         recipe=recipe,
         origin=origin,
     )
+
+
+def _read_prompt(folder: Path, device: "torch.device") -> "dict[str, Tensor]":
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / PROMPT_FILE, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the run {folder} is damaged: {error}. Train it again.") from error
 
 
 def mark_latest(folder: Path) -> None:

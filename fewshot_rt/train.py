@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .adapter import Provenance, add_lora
 from .augment import Augmentation
 from .base import Base
-from .device import arithmetic
-from .latents import encode_task
+from .device import arithmetic, enough_memory
+from .latents import embed_prompt, encode_task
 from .optimise import Optimiser, Pace
 from .schedule import Schedule
 from .state import load_state, save_state, uninterrupted
@@ -57,7 +58,7 @@ def train(
     trainable: gives the parameters to train, by name, in place of a fresh adapter's.
     Goes on from the state in the folder, if there is one; saves it every so often, at the end, and
     when the loop is left early (Ctrl-C). Step 0 is yielded before the first update.
-    Raises: ModelError if the gradient stops being a number.
+    Raises: ModelError if the gradient stops being a number, or memory does not suffice.
     """
     loop = _Loop(base, task, config, cache, trainable)
     loop.resume(folder / STATE_FILE)
@@ -100,6 +101,19 @@ def parse_augmentation(config: TrainConfig, task: Task) -> Augmentation:
     return Augmentation.parse(config.augment, codec=task.codec.name, pairs=task.load_pairs())
 
 
+def encode_pairs(base: Base, task: Task, config: TrainConfig, *, cache: Path) -> dict[str, Tensor]:
+    """Encode the videos to train on, or read them from the cache; see `encode_task`."""
+    return encode_task(
+        base,
+        task,
+        size=config.pixels(base.geometry.native),
+        augmentation=parse_augmentation(config, task),
+        variants=config.variants,
+        seed=config.seed,
+        cache=cache,
+    )
+
+
 class _Loop:
     """The adapter, its optimiser and its data, and how they are saved."""
 
@@ -112,19 +126,15 @@ class _Loop:
         trainable: Trainable | None,
     ) -> None:
         self.base, self.config = base, config
-        encoded = encode_task(
-            base,
-            task,
-            size=config.pixels(base.geometry.native),
-            augmentation=parse_augmentation(config, task),
-            variants=config.variants,
-            seed=config.seed,
-            cache=cache,
-        )
+        self.prompt = embed_prompt(base, task.prompt, cache=cache)
+        encoded = encode_pairs(base, task, config, cache=cache)
         self.encoded = {name: value.to(base.device) for name, value in encoded.items()}
-        self.prompt = base.embed(task.prompt)
+        base.rest()
         self.suited = suited = config.suited(base.suited)
         adapter = partial(add_lora, rank=suited.rank, alpha=suited.alpha, seed=config.seed)
+        for module in base.denoiser().modules() if suited.checkpointing else ():
+            if isinstance(module, ModelMixin):
+                module.enable_gradient_checkpointing()
         self.optimiser = Optimiser(
             (trainable or adapter)(base),
             pace=Pace(rate=suited.rate, warmup=config.warmup, decay=0.3),
@@ -153,9 +163,10 @@ class _Loop:
     def update(self) -> TrainStep:
         """Draw a batch and go one step down its loss."""
         started = time.monotonic()
-        with arithmetic(self.base.device, self.config.precision):
-            loss = self._loss(self._draw())
-        norm = self.optimiser.step(loss, progress=self.progress())
+        with enough_memory():
+            with arithmetic(self.base.device, self.config.precision):
+                loss = self._loss(self._draw())
+            norm = self.optimiser.step(loss, progress=self.progress())
         self.seconds += time.monotonic() - started
         value = float(loss.detach())
         return TrainStep(self.step_count, value, self.progress(), self.seconds_left(), norm)

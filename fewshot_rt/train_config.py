@@ -7,6 +7,7 @@ from .errors import ConfigError
 
 OBJECTIVES = ("onestep", "diffusion")
 PRECISIONS = ("auto", "fp32", "bf16")
+WEIGHTS = ("auto", "fp32", "bf16", "int8", "nf4")
 SUITED = "  [default: what suits the base]"
 
 
@@ -19,6 +20,7 @@ class Suited:
     rank: int
     alpha: int
     clip: float
+    checkpointing: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,17 @@ class TrainConfig:
     variants: int = option(16, "variants of each pair, the pair itself included")
     seed: int = option(42, "random seed")
     precision: str = option("auto", "arithmetic of training", choices=PRECISIONS)
+    weights: str = option(
+        "auto", "how the frozen base is kept; int8 and nf4 for small GPUs", choices=WEIGHTS
+    )
+    vae: str | None = option(
+        None,
+        "file of a tiny autoencoder's weights (TAEHV) in place of the base's own: faster, a little "
+        "less exact",
+    )
+    checkpointing: bool | None = option(
+        None, "compute activations twice instead of keeping them: less memory, more time" + SUITED
+    )
     device: str = option("auto", "auto, cpu or cuda")
     save_seconds: float = option(30.0, "time between saved states, from which --resume goes on")
 

@@ -33,7 +33,8 @@ def test_what_is_in_the_cache_is_found_without_a_network(
     write_tiny_base(place / "snapshots" / COMMIT)
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text(COMMIT)
-    assert find_snapshot("someone/tiny") == place / "snapshots" / COMMIT
+    for name in ("someone/tiny", "someone/tiny@main", f"someone/tiny@{COMMIT}"):
+        assert find_snapshot(name) == place / "snapshots" / COMMIT
     base: Any = open_base("someone/tiny")
     assert base.name == "someone/tiny"
     assert base.geometry.native == (32, 32)
@@ -46,7 +47,11 @@ def test_what_is_not_there_says_what_to_do(cache: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "hint"),
-    [("GatedRepoError", "accept its licence"), ("RepositoryNotFoundError", "name")],
+    [
+        ("GatedRepoError", "accept its licence"),
+        ("RepositoryNotFoundError", "name"),
+        ("RevisionNotFoundError", "leave out @v2"),
+    ],
 )
 def test_what_may_not_be_read_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, error: str, hint: str
@@ -60,7 +65,7 @@ def test_what_may_not_be_read_says_what_to_do(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(ModelError, match=hint):
-        checkpoints.find_snapshot("someone/gated")
+        checkpoints.find_snapshot("someone/gated@v2")
 
 
 def test_the_pipeline_is_read_from_the_index(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_run_answers_as_its_base_with_the_adapter_attached(pairs, config, tmp_pa
     image = np.random.default_rng(0).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32)
     base = open_base(config.base)
     Adapter.load(folder).attach(base)
-    attached = base_predictor(base, predictor.recipe, "", origin="attached")
+    attached = base_predictor(base, predictor.recipe, base.embed(""), origin="attached")
     np.testing.assert_allclose(predictor.answer(image), attached.answer(image), atol=1e-4)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny.ltx import VERSIONS, write
 from torch import Tensor
 
 from fewshot_rt.adapter import add_lora
@@ -25,81 +26,6 @@ SIZES = ((32, 32), (64, 96))
 # NumPy 2 minds how the scheduler of diffusers reads the times that the pipeline gives it.
 READING = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 LENGTHS = {"0.9.0": 128, "0.9.5": 256}  # tokens of a prompt
-# The first LTX-Video, and the later ones (13B included), as diffusers' script converts them.
-VERSIONS: dict[str, dict[str, Any]] = {
-    "0.9.0": {
-        "pipeline": "LTXImageToVideoPipeline",
-        "vae": {
-            "block_out_channels": (8, 8, 8, 8),
-            "decoder_block_out_channels": (8, 8, 8, 8),
-            "layers_per_block": (1, 1, 1, 1, 1),
-            "decoder_layers_per_block": (1, 1, 1, 1, 1),
-        },
-        "scheduler": {
-            "use_dynamic_shifting": True,
-            "base_shift": 0.95,
-            "max_shift": 2.05,
-            "base_image_seq_len": 1024,
-            "max_image_seq_len": 4096,
-            "shift_terminal": 0.1,
-        },
-    },
-    "0.9.5": {
-        "pipeline": "LTXConditionPipeline",
-        "vae": {
-            "block_out_channels": (8, 8, 8, 16, 16),
-            "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
-            "decoder_block_out_channels": (8, 16, 32),
-            "layers_per_block": (1, 1, 1, 1, 1),
-            "decoder_layers_per_block": (1, 1, 1, 1),
-            "spatio_temporal_scaling": (True, True, True, True),
-            "decoder_spatio_temporal_scaling": (True, True, True),
-            "decoder_inject_noise": (False, False, False, False),
-            "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
-            "upsample_residual": (True, True, True),
-            "upsample_factor": (2, 2, 2),
-            "timestep_conditioning": True,
-            "spatial_compression_ratio": 32,
-            "temporal_compression_ratio": 8,
-        },
-        "scheduler": {},
-    },
-}
-
-
-def write_tiny(folder: Path, version: str, text: dict[str, Any]) -> Path:
-    """Write a pipeline in the layout of the Hub, weights in shards, with a tokenizer of words."""
-    import diffusers
-
-    torch.manual_seed(0)
-    settings = VERSIONS[version]
-    # A scaling factor other than 1 shows on which side it counts.
-    vae = diffusers.AutoencoderKLLTXVideo(
-        **settings["vae"], latent_channels=4, patch_size=4, scaling_factor=0.7
-    )
-    vae.latents_mean.normal_()
-    vae.latents_std.uniform_(0.5, 2)
-    transformer = diffusers.LTXVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=2,
-        caption_channels=16,
-    )
-    # Queries and keys are large enough for attention to tell places apart.
-    for name, parameter in transformer.named_parameters():
-        if "norm_q" in name or "norm_k" in name:
-            torch.nn.init.constant_(parameter, 3.0)
-    pipeline = getattr(diffusers, settings["pipeline"])(
-        **text,
-        vae=vae,
-        transformer=transformer,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**settings["scheduler"]),
-    )
-    pipeline.save_pretrained(folder, max_shard_size="20KB")
-    return folder
 
 
 def change(path: Path, **values: Any) -> None:
@@ -114,7 +40,7 @@ def version(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(version: str, tmp_path_factory: pytest.TempPathFactory, make_text_encoder: Any) -> Path:
     place = tmp_path_factory.mktemp("ltx") / version
-    return write_tiny(place, version, make_text_encoder())
+    return write(place, version, make_text_encoder())
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +261,7 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     *_, written = export_bundle(
         merged,
         recipe=values["recipe"],
-        prompt=merged.embed(values["task"]["prompt"]),
+        prompt=values["prompt"],
         engine="onnx",
         precision="fp32",
         folder=bundle,
@@ -373,7 +299,7 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
 def test_another_scheduler_is_refused(
     tmp_path: Path, make_text_encoder: Any, version: str, key: str, value: Any
 ) -> None:
-    folder = write_tiny(tmp_path / "tiny", version, make_text_encoder())
+    folder = write(tmp_path / "tiny", version, make_text_encoder())
     change(folder / "scheduler" / "scheduler_config.json", **{key: value})
     with pytest.raises(ModelError, match=f"cannot be read .*{key} is {value!r}"):
         open_base(str(folder))
@@ -386,7 +312,7 @@ def test_another_scheduler_is_refused(
 def test_the_scheduler_tells_the_generations_apart(
     tmp_path: Path, make_text_encoder: Any, version: str, pipeline: str, is_causal: bool
 ) -> None:
-    folder = write_tiny(tmp_path / "tiny", version, make_text_encoder())
+    folder = write(tmp_path / "tiny", version, make_text_encoder())
     change(folder / "model_index.json", _class_name=pipeline)
     base = open_base(str(folder))
     assert isinstance(base, LTXBase)
@@ -397,7 +323,7 @@ def test_the_scheduler_tells_the_generations_apart(
     "damage", ["shard", "missing", "index", "pipeline", "scheduler", "patches", "noise"]
 )
 def test_a_damaged_folder_is_refused(tmp_path: Path, make_text_encoder: Any, damage: str) -> None:
-    folder = write_tiny(tmp_path / "tiny", "0.9.0", make_text_encoder())
+    folder = write(tmp_path / "tiny", "0.9.0", make_text_encoder())
     shard = min((folder / "transformer").glob("*.safetensors"))
     messages = {"pipeline": PIPELINES[0], "patches": "patch_size is 2", "noise": "random noise"}
     if damage == "shard":

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from tiny.wan import AUTOENCODER, VERSIONS, write
 from torch import Tensor
 
 from fewshot_rt.adapter import EXPERT_FILES, add_lora
@@ -21,100 +21,12 @@ from fewshot_rt.sample import sample
 from fewshot_rt.train import diffusion_loss
 from fewshot_rt.train_config import TrainConfig
 
-TRANSFORMER: dict[str, Any] = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 16,
-    "ffn_dim": 32,
-    "num_layers": 2,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "rope_max_seq_len": 64,
-}
-AUTOENCODER: dict[str, Any] = {
-    "base_dim": 4,
-    "z_dim": 4,
-    "dim_mult": [1, 1, 1, 1],
-    "num_res_blocks": 1,
-    "temperal_downsample": [False, True, True],
-    "latents_mean": [0.1, -0.2, 0.3, 0.0],
-    "latents_std": [1.5, 0.5, 1.0, 2.0],
-}
-# Wan2.1 with its image branch, Wan2.2 with a clean first frame, and Wan2.2 of two experts.
-VERSIONS: dict[str, dict[str, Any]] = {
-    "2.1": {
-        "transformer": {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24},
-        "shift": 3.0,
-    },
-    "2.2-5B": {
-        "transformer": {},
-        "vae": {
-            "is_residual": True,
-            "patch_size": 2,
-            "in_channels": 12,
-            "out_channels": 12,
-            "scale_factor_spatial": 16,
-        },
-        "pipeline": {"expand_timesteps": True},
-        "shift": 5.0,
-    },
-    "2.2-A14B": {
-        "transformer": {"in_channels": 12},
-        "pipeline": {"boundary_ratio": 0.9},
-        "shift": 3.0,
-    },
-}
 # CLIP takes images 224 high as they are; others are resized, see below.
 SIZES = {
     "2.1": ((224, 224), (224, 256)),
     "2.2-5B": ((32, 32), (32, 64)),
     "2.2-A14B": ((16, 16), (32, 64)),
 }
-
-
-def write_tiny(folder: Path, version: str, text: dict[str, Any]) -> Path:
-    """Write a pipeline in the layout of the Hub, weights in shards, with a tokenizer of words."""
-    from diffusers import (
-        AutoencoderKLWan,
-        UniPCMultistepScheduler,
-        WanImageToVideoPipeline,
-        WanTransformer3DModel,
-    )
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-
-    kind = VERSIONS[version]
-    torch.manual_seed(0)
-    tower = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        patch_size=32,
-        image_size=224,
-    )
-    has_image = "image_dim" in kind["transformer"]
-    sizes = TRANSFORMER | kind["transformer"]
-    is_two = "boundary_ratio" in kind.get("pipeline", {})
-    pipeline = WanImageToVideoPipeline(
-        **text,
-        **kind.get("pipeline", {}),
-        vae=AutoencoderKLWan(**AUTOENCODER | kind.get("vae", {})),
-        transformer=WanTransformer3DModel(**sizes),
-        transformer_2=WanTransformer3DModel(**sizes) if is_two else None,
-        image_encoder=CLIPVisionModel(tower) if has_image else None,
-        image_processor=CLIPImageProcessor() if has_image else None,
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=kind["shift"],
-        ),
-    )
-    pipeline.save_pretrained(folder, max_shard_size="20KB")
-    return folder
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -124,11 +36,10 @@ def folder(
     make_text_encoder: Any,
 ) -> Path:
     place = tmp_path_factory.mktemp("wan") / request.param
-    return write_tiny(place, request.param, make_text_encoder(is_multilingual=True))
+    return write(place, request.param, make_text_encoder(is_multilingual=True))
 
 
-@pytest.fixture(scope="module")
-def official(folder: Path) -> Any:
+def open_official(folder: Path) -> Any:
     """The official pipeline, its solver of the first order, which is ours, and uncorrected."""
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 
@@ -138,6 +49,11 @@ def official(folder: Path) -> Any:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="module")
+def official(folder: Path) -> Any:
+    return open_official(folder)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +219,7 @@ def test_the_loss_is_flow_matching(base: WanBase, official: Any) -> None:
 @torch.no_grad()
 def test_each_expert_answers_for_its_own_times(tmp_path: Path, make_text_encoder: Any) -> None:
     text = make_text_encoder(is_multilingual=True)
-    base = open_base(str(write_tiny(tmp_path / "two", "2.2-A14B", text)))
+    base = open_base(str(write(tmp_path / "two", "2.2-A14B", text)))
     generator = torch.Generator().manual_seed(6)
     noisy = torch.randn(3, 4, 2, 4, 4, generator=generator)
     inputs = base.condition(image_of((32, 32)), frames=2) | base.embed("a mask")
@@ -346,12 +262,9 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     folder: Path, tmp_path: Path, write_noise_pairs: Any
 ) -> None:
     """From pairs to a run, to a bundle, and to the official pipeline with `load_lora_weights`."""
-    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
-
-    size = (32, 64)
     run = tmp_path / "runs" / "one"
     settings = 'transition = { kind = "repeat_target", frames = 5 }\n'
-    write_noise_pairs(tmp_path / "pairs", size, settings=settings)
+    write_noise_pairs(tmp_path / "pairs", (32, 64), settings=settings)
     options: dict[str, Any] = {"steps": 4, "rank": 4, "rate": 0.02, "clip": 1.0}
     config = TrainConfig(
         base=str(folder), objective="diffusion", size="64x32", precision="fp32", **options
@@ -360,32 +273,12 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     assert last.step == 4
 
     predictor = open_run(run)
-    image = image_of(size)
-    answer = torch.from_numpy(predictor.answer(image.numpy().astype(np.float32)))
-    merged, _, values = open_merged(run)
-    bundle = tmp_path / "bundle"
-    *_, written = export_bundle(
-        merged,
-        recipe=values["recipe"],
-        prompt=merged.embed(values["task"]["prompt"]),
-        engine="onnx",
-        precision="fp32",
-        folder=bundle,
-        origin={},
-    )
-    assert written.stage == "write"
-    torch.testing.assert_close(
-        torch.from_numpy(open_bundle(bundle).answer(image.numpy().astype(np.float32))),
-        answer,
-        rtol=1e-3,
-        atol=1e-3,
-    )
+    image = image_of((32, 64))
+    answer = torch.from_numpy(predictor.answer(image.numpy()))
+    frozen = freeze(run, tmp_path / "bundle").answer(image.numpy())
+    torch.testing.assert_close(torch.from_numpy(frozen), answer, rtol=1e-3, atol=1e-3)
 
-    official = WanImageToVideoPipeline.from_pretrained(folder)
-    official.scheduler = UniPCMultistepScheduler.from_config(
-        official.scheduler.config, solver_order=1, disable_corrector=list(range(50))
-    )
-    official.set_progress_bar_config(disable=True)
+    official = open_official(folder)
     official.load_lora_weights(run)
     second = run / EXPERT_FILES["transformer_2."]
     assert second.is_file() == (official.transformer_2 is not None)
@@ -396,8 +289,8 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     call: dict[str, Any] = {
         "image": picture_of(image),
         "prompt": "a mask",
-        "height": size[0],
-        "width": size[1],
+        "height": 32,
+        "width": 64,
         "num_frames": 5,
         "num_inference_steps": predictor.recipe.steps,
         "guidance_scale": 1.0,
@@ -405,14 +298,32 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
         "output_type": "pt",
     }
     video = official(**call).frames[:, -1]
-    assert relative((answer / 2 + 0.5).clamp(0, 1), video) < 1e-3
+    # CLIP's own processor rounds the image that it has resized; see above.
+    tolerance = 1e-3 if official.image_encoder else 1e-4
+    assert relative((answer / 2 + 0.5).clamp(0, 1), video) < tolerance
     official.unload_lora_weights()
     assert relative(official(**call).frames[:, -1], video) > 5e-3
 
 
+def freeze(run: Path, folder: Path) -> Any:
+    """Export a run for ONNX Runtime and open the bundle."""
+    merged, _, values = open_merged(run)
+    *_, written = export_bundle(
+        merged,
+        recipe=values["recipe"],
+        prompt=values["prompt"],
+        engine="onnx",
+        precision="fp32",
+        folder=folder,
+        origin={},
+    )
+    assert written.stage == "write"
+    return open_bundle(folder)
+
+
 def test_a_pipeline_for_text_alone_is_refused(tmp_path: Path, make_text_encoder: Any) -> None:
     text = make_text_encoder(is_multilingual=True)
-    folder = write_tiny(tmp_path / "tiny", "2.2-5B", text)
+    folder = write(tmp_path / "tiny", "2.2-5B", text)
     index = folder / "model_index.json"
     values = json.loads(index.read_text())
     index.write_text(json.dumps(values | {"_class_name": "WanPipeline"}))
@@ -425,7 +336,7 @@ def test_a_pipeline_for_text_alone_is_refused(tmp_path: Path, make_text_encoder:
 @pytest.mark.parametrize("damage", ["scheduler", "shard", "expert"])
 def test_a_damaged_folder_is_refused(tmp_path: Path, make_text_encoder: Any, damage: str) -> None:
     text = make_text_encoder(is_multilingual=True)
-    folder = write_tiny(tmp_path / "tiny", "2.2-A14B", text)
+    folder = write(tmp_path / "tiny", "2.2-A14B", text)
     if damage == "scheduler":
         path = folder / "scheduler" / "scheduler_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"use_flow_sigmas": False}))

@@ -13,26 +13,44 @@ if TYPE_CHECKING:
 IN_THE_BOX = ("pocket",)
 
 
-def open_base(name: str, *, device: str = "cpu") -> "Base":
+def open_base(
+    name: str, *, device: str = "cpu", weights: str = "auto", vae: str | None = None
+) -> "Base":
     """Open a base: the name of one in the box, a folder that `pretrain` wrote, a folder of a
     family's pipeline in diffusers' layout, or such a pipeline's name on the Hub, with a slash.
 
-    Raises: ModelError if there is no such base, if its files are damaged, or if the device is not
-    there; ConfigError if there is no such kind of device.
+    weights: how a large base keeps its own: fp32, bf16, int8, nf4, or auto for what suits the
+    device. vae: a file of a tiny autoencoder's weights to use in place of the base's own.
+    Raises: ModelError if there is no such base, if its files are damaged, if the tiny autoencoder
+    does not fit, or if the device is not there; ConfigError if there is no such kind of device.
     """
     from ..device import pick_device
 
-    device = pick_device(device)
+    opened = _open(name, device=pick_device(device), weights=weights)
+    if vae is not None:
+        _use_tiny(opened, Path(vae))
+    return opened
+
+
+def _open(name: str, **chosen: str) -> "Base":
     if name in IN_THE_BOX:
-        return load_module(__name__, name).open_base(name, device=device)  # type: ignore[no-any-return]
+        return load_module(__name__, name).open_base(name, **chosen)  # type: ignore[no-any-return]
     if (Path(name) / INDEX_FILE).is_file():
-        return load_module(__name__, _family(Path(name))).open_base(name, device=device)  # type: ignore[no-any-return]
+        return load_module(__name__, _family(Path(name))).open_base(name, **chosen)  # type: ignore[no-any-return]
     if name.count("/") == 1 and not Path(name).exists():
         folder = find_snapshot(name)
-        opened: Base = load_module(__name__, _family(folder)).open_base(str(folder), device=device)
+        opened: Base = load_module(__name__, _family(folder)).open_base(str(folder), **chosen)
         opened.name = name
         return opened
     raise ModelError(f"{unknown('base', name, IN_THE_BOX)} Or give a folder of a base.")
+
+
+def _use_tiny(base: "Base", path: Path) -> None:
+    from ..pipeline_base import PipelineBase
+
+    if not isinstance(base, PipelineBase):
+        raise ModelError(f"the autoencoder of {base.name} is a tiny one already. Leave out --vae.")
+    base.use_tiny(path)
 
 
 def _family(folder: Path) -> str:

@@ -10,7 +10,7 @@ Source: Yang et al. 2024 (CogVideoX); the details are those of diffusers' pipeli
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from diffusers import (
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
-from ..checkpoints import digest_folder
+from ..checkpoints import digest_folder, read_network
 from ..errors import ModelError
+from ..pipeline_base import PipelineBase
 from ..schedule import Schedule
 from ..spec import Geometry
+from ..taehv import TinyFile
 from ..text import encode_text
 from ..train_config import Suited
 from ..transition import Transition
@@ -34,6 +36,15 @@ from ..transition import Transition
 PIPELINES = ("CogVideoXImageToVideoPipeline",)
 OFS = 2.0  # what the frame-rate embedding of CogVideoX1.5 is given, always
 SHORTEST = (9, 5)  # frames: the paper's, and the fewest
+# Those of ComfyUI itself since 2026 (comfy/ldm/cogvideo/model.py). The older
+# ComfyUI-CogVideoXWrapper takes the file for diffusers instead.
+COMFY_NAMES = {
+    "transformer_blocks": "blocks",
+    "attn1.to_q": "q",
+    "attn1.to_k": "k",
+    "attn1.to_v": "v",
+    "attn1.to_out.0": "attn_out",
+}
 
 
 class CogVideoXDenoiser(nn.Module):
@@ -41,7 +52,7 @@ class CogVideoXDenoiser(nn.Module):
 
     def __init__(self, transformer: CogVideoXTransformer3DModel, *, steps: int) -> None:
         super().__init__()
-        self.transformer, self.steps = transformer, steps
+        self.transformer, self.steps, self.dtype = transformer, steps, transformer.dtype
 
     def forward(self, noisy: Tensor, time: Tensor, first: Tensor, prompt: Tensor) -> Tensor:
         """Predict a noise - b clean.
@@ -49,19 +60,19 @@ class CogVideoXDenoiser(nn.Module):
         Shapes: noisy, result [B, C, F, h, w]; time [B] in (0, 1]; first [B, C, 1, h, w];
         prompt [1, L, D].
         """
-        config = self.transformer.config
+        config, kind = self.transformer.config, self.dtype
         known = torch.cat([first, torch.zeros_like(noisy[:, :, 1:])], dim=2)
         # The grid of times is 1/N ... 1, as steps 0 ... N - 1.
         step = (time * self.steps).round() - 1
         prediction: Tensor = self.transformer(
-            hidden_states=torch.cat([noisy, known], dim=1).transpose(1, 2),
-            encoder_hidden_states=prompt.expand(noisy.shape[0], -1, -1),
+            hidden_states=torch.cat([noisy, known], dim=1).transpose(1, 2).to(kind),
+            encoder_hidden_states=prompt.expand(noisy.shape[0], -1, -1).to(kind),
             timestep=step,
-            ofs=None if config.ofs_embed_dim is None else noisy.new_full((1,), OFS),
+            ofs=None if config.ofs_embed_dim is None else noisy.new_full((1,), OFS).to(kind),
             image_rotary_emb=self._rotary(noisy),
             return_dict=False,
         )[0]
-        return prediction.transpose(1, 2)
+        return prediction.transpose(1, 2).to(noisy.dtype)
 
     def _rotary(self, noisy: Tensor) -> tuple[Tensor, Tensor] | None:
         config = self.transformer.config
@@ -81,13 +92,16 @@ class CogVideoXDenoiser(nn.Module):
         return cos, sin
 
 
-class CogVideoXBase:
+class CogVideoXBase(PipelineBase[CogVideoXDenoiser]):
     """A frozen CogVideoX; see `fewshot_rt.base.Base`."""
 
     # Acuaviva et al. 2025 (all of these).
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    suited = Suited(batch=2, rate=1e-4, rank=64, alpha=32, clip=1.0)
+    suited = Suited(batch=2, rate=1e-4, rank=64, alpha=32, clip=1.0, checkpointing=True)
     transition = Transition(kind="discrete", frames=9)
+    comfy_names: Mapping[str, str] | None = COMFY_NAMES
+    # Its encoder takes frames in fours from the very first, which CogVideoX has alone.
+    tiny_file = TinyFile(name="taecvx", encodes=False, keeps_even=True)
 
     def __init__(
         self,
@@ -98,9 +112,8 @@ class CogVideoXBase:
         encode_text: Callable[[str], Tensor],
         name: str,
         revision: str,
+        device: str | None = None,
     ) -> None:
-        self.name, self.revision, self.schedule = name, revision, schedule
-        self.autoencoder, self._encode_text = autoencoder, encode_text
         config, scales = transformer.config, autoencoder.config
         space = 2 ** (len(scales.block_out_channels) - 1)
         time_factor = scales.temporal_compression_ratio
@@ -113,43 +126,39 @@ class CogVideoXBase:
             frames=SHORTEST,
             merged_frames=config.patch_size_t or 1,
         )
-        self._denoiser = CogVideoXDenoiser(transformer, steps=len(schedule.signal_power))
-        for module in (autoencoder, self._denoiser):
-            module.eval().requires_grad_(False)
+        super().__init__(
+            denoiser=CogVideoXDenoiser(transformer, steps=len(schedule.signal_power)),
+            others={"autoencoder": autoencoder},
+            encode_prompt=encode_text,
+            schedule=schedule,
+            name=name,
+            revision=revision,
+            device=device,
+        )
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self._denoiser.parameters()).device
+    def autoencoder(self) -> Any:
+        """The autoencoder, on the device."""
+        return self.networks()["autoencoder"]
 
-    def embed(self, prompt: str) -> dict[str, Tensor]:
-        """Embed a prompt; the text encoder is loaded and let go. Shapes: prompt [1, L, D]."""
-        return {"prompt": self._encode_text(prompt).to(self.device)}
-
-    def encode(self, video: Tensor) -> Tensor:
-        """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
+    def _encode(self, video: Tensor) -> Tensor:
         latents = self._latents(video) * self.autoencoder.config.scaling_factor
         missing = -latents.shape[2] % self.geometry.merged_frames
         return torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], dim=2)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         """Decode all frames, as the official pipeline does: 5 frames come back as 8.
 
         The autoencoder makes one frame of the first latent frame only where their number is odd.
-        Shapes: [B, C, F, h, w] -> [B, 3, T, H, W].
         """
-        extra = self.geometry.extra_frames(latents.shape[2])
-        video: Tensor = self.autoencoder.decode(
-            latents[:, :, extra:] / self.autoencoder.config.scaling_factor
-        ).sample
+        video: Tensor = self.autoencoder.decode(self._for_tiny(latents)).sample
         return video
 
-    def decode_last(self, latents: Tensor) -> Tensor:
-        """Decode the last frame. All go through: the decoder is causal over the whole video.
-
-        Shapes: [B, C, F, h, w] -> [B, 3, H, W].
-        """
-        return self.decode(latents)[:, :, -1]
+    def _for_tiny(self, latents: Tensor) -> Tensor:
+        """Give latents as both autoencoders take them, TAEHV's too: unscaled (TAECVX_T2I_Demo)."""
+        extra = self.geometry.extra_frames(latents.shape[2])
+        unscaled: Tensor = latents[:, :, extra:] / self.autoencoder.config.scaling_factor
+        return unscaled
 
     def condition(self, image: Tensor, *, frames: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Encode the first frame. Shapes: image [B, 3, H, W]; first [B, C, 1, h, w]."""
@@ -159,24 +168,22 @@ class CogVideoXBase:
         scale = 1 / scale if config.invert_scale_latents else scale
         return {"first": self._latents(image[:, :, None]) * scale}
 
-    def denoiser(self) -> CogVideoXDenoiser:
-        """Give the module that predicts; the same at every call."""
-        return self._denoiser
-
     def _latents(self, video: Tensor) -> Tensor:
         """Give the mean of the autoencoder's distribution, unscaled."""
         latents: Tensor = self.autoencoder.encode(video).latent_dist.mode()
         return latents
 
 
-def open_base(name: str, *, device: str = "cpu") -> CogVideoXBase:
-    """Open a folder with a CogVideoX image-to-video pipeline.
+def open_base(name: str, *, device: str = "cpu", weights: str = "auto") -> CogVideoXBase:
+    """Open a folder with a CogVideoX image-to-video pipeline. weights: see `read_network`.
 
     Raises: ModelError if a file is missing or damaged, or the scheduler is of another kind.
     """
     folder = Path(name)
     try:
-        transformer = CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+        transformer = read_network(
+            CogVideoXTransformer3DModel, folder / "transformer", device=device, weights=weights
+        )
         autoencoder = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
         schedule = _schedule(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -184,14 +191,19 @@ def open_base(name: str, *, device: str = "cpu") -> CogVideoXBase:
             f"the base in {folder} cannot be read ({error}). Download all of its files again."
         ) from error
     return CogVideoXBase(
-        transformer=transformer.to(device),
-        autoencoder=autoencoder.to(device),
+        transformer=transformer,
+        autoencoder=autoencoder,
         schedule=schedule,
         encode_text=lambda prompt: encode_text(
-            folder, prompt, length=transformer.config.max_text_seq_length, is_masked=False
+            folder,
+            prompt,
+            length=transformer.config.max_text_seq_length,
+            is_masked=False,
+            device=device,
         )[0],
         name=folder.resolve().name,
         revision=digest_folder(folder),
+        device=device,
     )
 
 

@@ -25,8 +25,9 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from ..checkpoints import digest_folder, read_pipeline
+from ..checkpoints import digest_folder, read_network, read_pipeline
 from ..errors import ModelError
+from ..pipeline_base import PipelineBase
 from ..schedule import Schedule
 from ..spec import Geometry
 from ..text import encode_text
@@ -57,7 +58,7 @@ class LTXDenoiser(nn.Module):
         is_causal: bool,
     ) -> None:
         super().__init__()
-        self.transformer, self.is_causal = transformer, is_causal
+        self.transformer, self.is_causal, self.dtype = transformer, is_causal, transformer.dtype
         self.time_factor, self.space_factor = time_factor, space_factor
 
     def forward(self, noisy: Tensor, time: Tensor, first: Tensor, prompt: Tensor) -> Tensor:
@@ -71,14 +72,14 @@ class LTXDenoiser(nn.Module):
         moments = time[:, None, None, None].expand(-1, *grid) * TIME_SCALE
         moments = torch.cat([torch.zeros_like(moments[:, :1]), moments[:, 1:]], dim=1)
         tokens = self.transformer(
-            hidden_states=seen.flatten(2).transpose(1, 2),
-            encoder_hidden_states=prompt.expand(batch, -1, -1),
+            hidden_states=seen.flatten(2).transpose(1, 2).to(self.dtype),
+            encoder_hidden_states=prompt.expand(batch, -1, -1).to(self.dtype),
             timestep=moments.flatten(1),
             encoder_attention_mask=None,
             video_coords=self._places(noisy),
             return_dict=False,
         )[0]
-        prediction = tokens.transpose(1, 2).unflatten(2, grid)
+        prediction = tokens.transpose(1, 2).unflatten(2, grid).to(noisy.dtype)
         towards_first = (noisy[:, :, :1] - first) / time[:, None, None, None, None]
         return torch.cat([towards_first, prediction[:, :, 1:]], dim=2)
 
@@ -96,13 +97,18 @@ class LTXDenoiser(nn.Module):
         return torch.stack(places).flatten(1)[None]
 
 
-class LTXBase:
+class LTXBase(PipelineBase[LTXDenoiser]):
     """A frozen LTX-Video; see `fewshot_rt.base.Base`."""
 
     # Acuaviva et al. 2025; for 13B, too, where their batch is 2 x 2 accumulated.
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
-    suited = Suited(batch=4, rate=2e-4, rank=64, alpha=64, clip=1.0)
+    suited = Suited(batch=4, rate=2e-4, rank=64, alpha=64, clip=1.0, checkpointing=True)
     transition = Transition(kind="discrete", frames=9)
+    # The latents of TAEHV's taeltx files are those of LTX-2, with as many channels but another
+    # autoencoder: none of its files fits.
+    tiny_file = None
+    # ComfyUI has the names of diffusers (comfy/ldm/lightricks/model.py).
+    comfy_names: Mapping[str, str] | None = {}
 
     def __init__(
         self,
@@ -114,9 +120,8 @@ class LTXBase:
         is_causal: bool,
         name: str,
         revision: str,
+        device: str | None = None,
     ) -> None:
-        self.name, self.revision, self.schedule = name, revision, schedule
-        self.autoencoder, self._encode_text = autoencoder, encode_text
         self.geometry = Geometry(
             channels=autoencoder.config.latent_channels,
             time_factor=autoencoder.temporal_compression_ratio,
@@ -126,32 +131,33 @@ class LTXBase:
             frames=SHORTEST,
             known_frames=1,
         )
-        self._denoiser = LTXDenoiser(
+        denoiser = LTXDenoiser(
             transformer,
             time_factor=self.geometry.time_factor,
             space_factor=self.geometry.space_factor,
             is_causal=is_causal,
         )
-        for module in (autoencoder, self._denoiser):
-            module.eval().requires_grad_(False)
+        super().__init__(
+            denoiser=denoiser,
+            others={"autoencoder": autoencoder},
+            encode_prompt=encode_text,
+            schedule=schedule,
+            name=name,
+            revision=revision,
+            device=device,
+        )
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self._denoiser.parameters()).device
+    def autoencoder(self) -> Any:
+        """The autoencoder, on the device."""
+        return self.networks()["autoencoder"]
 
-    def embed(self, prompt: str) -> dict[str, Tensor]:
-        """Embed a prompt; the text encoder is loaded and let go. Shapes: prompt [1, L, D]."""
-        return {"prompt": self._encode_text(prompt).to(self.device)}
-
-    def encode(self, video: Tensor) -> Tensor:
-        """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
+    def _encode(self, video: Tensor) -> Tensor:
         mean, std = self._moments()
         latents: Tensor = self.autoencoder.encode(video).latent_dist.mode()
         return (latents - mean) / std
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode all frames. Shapes: [B, C, F, h, w] -> [B, 3, T, H, W]."""
+    def _decode(self, latents: Tensor) -> Tensor:
         mean, std = self._moments()
         config = self.autoencoder.config
         # The scaling factor counts in this direction only, as in the pipelines; it is 1.
@@ -161,20 +167,9 @@ class LTXBase:
         video: Tensor = self.autoencoder.decode(scaled, time).sample
         return video
 
-    def decode_last(self, latents: Tensor) -> Tensor:
-        """Decode the last frame. All go through: its decoder looks at frames before and after.
-
-        Shapes: [B, C, F, h, w] -> [B, 3, H, W].
-        """
-        return self.decode(latents)[:, :, -1]
-
     def condition(self, image: Tensor, *, frames: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Encode the first frame. Shapes: image [B, 3, H, W]; first [B, C, 1, h, w]."""
         return {"first": self.encode(image[:, :, None])}
-
-    def denoiser(self) -> LTXDenoiser:
-        """Give the module that predicts; the same at every call."""
-        return self._denoiser
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Give mean and standard deviation of the latents. Shapes: [C, 1, 1, 1]."""
@@ -182,15 +177,17 @@ class LTXBase:
         return mean[:, None, None, None], std[:, None, None, None]
 
 
-def open_base(name: str, *, device: str = "cpu") -> LTXBase:
-    """Open a folder with an LTX-Video pipeline.
+def open_base(name: str, *, device: str = "cpu", weights: str = "auto") -> LTXBase:
+    """Open a folder with an LTX-Video pipeline. weights: see `read_network`.
 
     Raises: ModelError if a file is missing or damaged, the scheduler is of another kind, or the
     decoder adds noise of its own (0.9.1).
     """
     folder = Path(name)
     try:
-        transformer = LTXVideoTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+        transformer = read_network(
+            LTXVideoTransformer3DModel, folder / "transformer", device=device, weights=weights
+        )
         _require("transformer", transformer.config, {"patch_size": 1, "patch_size_t": 1})
         autoencoder = AutoencoderKLLTXVideo.from_pretrained(folder, subfolder="vae")
         schedule, is_causal = _schedule(folder)
@@ -204,13 +201,16 @@ def open_base(name: str, *, device: str = "cpu") -> LTXBase:
             "answer could be had twice. Use another version."
         )
     return LTXBase(
-        transformer=transformer.to(device),
-        autoencoder=autoencoder.to(device),
+        transformer=transformer,
+        autoencoder=autoencoder,
         schedule=schedule,
-        encode_text=lambda prompt: _encode_prompt(folder, prompt, is_causal=is_causal),
+        encode_text=lambda prompt: _encode_prompt(
+            folder, prompt, is_causal=is_causal, device=device
+        ),
         is_causal=is_causal,
         name=folder.resolve().name,
         revision=digest_folder(folder),
+        device=device,
     )
 
 
@@ -243,13 +243,13 @@ def _schedule(folder: Path) -> tuple[Schedule, bool]:
     return Schedule(kind="flow", growth=growth, last=config["shift_terminal"] or 0.0), False
 
 
-def _encode_prompt(folder: Path, prompt: str, *, is_causal: bool) -> Tensor:
+def _encode_prompt(folder: Path, prompt: str, *, is_causal: bool, device: str) -> Tensor:
     """Embed a prompt with the folder's T5, and leave out the padding. Shapes: result [1, L, D].
 
     The official pipelines keep it and mask it in the transformer, with the same outcome.
     """
     length = CAUSAL_PROMPT_TOKENS if is_causal else PROMPT_TOKENS
-    embedded, mask = encode_text(folder, prompt, length=length, is_masked=is_causal)
+    embedded, mask = encode_text(folder, prompt, length=length, is_masked=is_causal, device=device)
     return embedded[:, mask[0] > 0]
 
 

@@ -11,6 +11,7 @@ width, P waves.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..autoencoder import AutoencoderConfig, TinyVideoAutoencoder
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from ..schedule import Schedule
 from ..spec import Geometry
 from ..train_config import Suited
@@ -138,8 +139,9 @@ class PocketBase:
         *("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
         *("patch_embedding", "proj_out"),
     )
-    suited = Suited(batch=4, rate=0.004, rank=32, alpha=32, clip=1.0)
+    suited = Suited(batch=4, rate=0.004, rank=32, alpha=32, clip=1.0, checkpointing=False)
     transition = Transition(kind="repeat_target", frames=5)
+    comfy_names: Mapping[str, str] | None = None
 
     def __init__(
         self,
@@ -174,6 +176,13 @@ class PocketBase:
         """Where the weights are."""
         return next(self._denoiser.parameters()).device
 
+    def networks(self) -> dict[str, nn.Module]:
+        """Give the autoencoder, by name."""
+        return {"autoencoder": self.autoencoder}
+
+    def rest(self) -> None:
+        """Do nothing: the autoencoder is small."""
+
     def embed(self, prompt: str) -> dict[str, Tensor]:
         """Embed a prompt. Shapes: prompt [1, L, D]."""
         return {"prompt": self.prompts.embed(prompt)}
@@ -199,11 +208,14 @@ class PocketBase:
         return self._denoiser
 
 
-def open_base(name: str, *, device: str = "cpu") -> PocketBase:
+def open_base(name: str, *, device: str = "cpu", weights: str = "auto") -> PocketBase:
     """Open pocket, or a folder in its layout.
 
-    Raises: ModelError if a file is missing or damaged.
+    Raises: ModelError if a file is missing or damaged; ConfigError if its weights are to be kept
+    in another way than fp32.
     """
+    if weights not in ("auto", "fp32"):
+        raise ConfigError(f"{name} is small and keeps its weights in fp32, not {weights}.")
     folder = WEIGHTS if name == "pocket" else Path(name)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

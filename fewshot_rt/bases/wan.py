@@ -12,7 +12,7 @@ those of diffusers' pipeline.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checkpoints import INDEX_FILE, digest_folder
+from ..checkpoints import INDEX_FILE, digest_folder, read_network
 from ..errors import ModelError
+from ..pipeline_base import PipelineBase
 from ..schedule import Schedule
 from ..spec import Geometry
+from ..taehv import TinyFile
 from ..text import encode_text
 from ..train_config import Suited
 from ..transition import Transition
@@ -35,6 +37,22 @@ PROMPT_TOKENS = 512  # fixed in the attention of diffusers' Wan
 SMALL, LARGE, WIDE = (480, 832), (720, 1280), (704, 1280)
 LARGE_SHIFT = 5.0  # the scheduler of the checkpoint for 720p shifts times by this, for 480p less
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP
+# The tiny encoder sees 3 frames ahead of each latent frame: of a first frame before grey ones it
+# would see grey, too. There only the decoder stands in.
+TINY, TINY_WIDE = TinyFile(name="taew2_1", encodes=False), TinyFile(name="taew2_2", encodes=True)
+# ComfyUI has the names of Wan's own code (comfy/ldm/wan/model.py).
+COMFY_NAMES = {
+    "attn1": "self_attn",
+    "attn2": "cross_attn",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "o",
+    "add_k_proj": "k_img",
+    "add_v_proj": "v_img",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
 
 
 class Experts(nn.Module):
@@ -59,6 +77,12 @@ class Experts(nn.Module):
         """Give the configuration, the same for both."""
         return self.transformer.config
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Give the type of the weights, the same for both."""
+        kind: torch.dtype = self.transformer.dtype
+        return kind
+
     def forward(self, hidden_states: Tensor, timestep: Tensor, **others: Any) -> tuple[Tensor]:
         """Predict as `WanTransformer3DModel` does. Shapes: timestep [B]."""
         is_first = timestep >= self.boundary * STEPS
@@ -75,7 +99,7 @@ class WanDenoiser(nn.Module):
 
     def __init__(self, transformer: WanTransformer3DModel | Experts) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.dtype = transformer, transformer.dtype
 
     def forward(
         self,
@@ -99,12 +123,14 @@ class WanDenoiser(nn.Module):
         elif known is not None:
             seen, timestep = torch.cat([noisy, known], dim=1), step
         prediction: Tensor = self.transformer(
-            hidden_states=seen,
+            hidden_states=seen.to(self.dtype),
             timestep=timestep,
-            encoder_hidden_states=prompt.expand(noisy.shape[0], -1, -1),
-            encoder_hidden_states_image=image_tokens,
+            encoder_hidden_states=prompt.expand(noisy.shape[0], -1, -1).to(self.dtype),
+            encoder_hidden_states_image=None
+            if image_tokens is None
+            else image_tokens.to(self.dtype),
             return_dict=False,
-        )[0]
+        )[0].to(noisy.dtype)
         if first is None:
             return prediction
         towards_first = (noisy[:, :, :1] - first) / time[:, None, None, None, None]
@@ -148,13 +174,14 @@ class ImageEncoder(nn.Module):
         return (image - mean) / std
 
 
-class WanBase:
+class WanBase(PipelineBase[WanDenoiser]):
     """A frozen Wan; see `fewshot_rt.base.Base`."""
 
     # Acuaviva et al. 2025; the layers are not stated there, but follow from their sizes.
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "ffn.net.0.proj", "ffn.net.2")
-    suited = Suited(batch=1, rate=1e-4, rank=64, alpha=32, clip=0.05)
+    suited = Suited(batch=1, rate=1e-4, rank=64, alpha=32, clip=0.05, checkpointing=True)
     transition = Transition(kind="discrete", frames=9)
+    comfy_names: Mapping[str, str] | None = COMFY_NAMES
 
     def __init__(
         self,
@@ -167,12 +194,12 @@ class WanBase:
         encode_prompt: Callable[[str], Tensor],
         name: str,
         revision: str,
+        device: str | None = None,
     ) -> None:
-        self.name, self.revision, self.schedule = name, revision, schedule
-        self.autoencoder, self.image_encoder = autoencoder, image_encoder
+        self.is_first_clean = is_first_clean
+        self.tiny_file = TINY_WIDE if is_first_clean else TINY
         if image_encoder is not None:
             self.lora_targets = (*self.lora_targets, "add_k_proj", "add_v_proj")
-        self.is_first_clean, self._encode_prompt = is_first_clean, encode_prompt
         scales = autoencoder.config
         space = scales.scale_factor_spatial
         large = LARGE if image_encoder and schedule.shift >= LARGE_SHIFT else SMALL
@@ -185,38 +212,35 @@ class WanBase:
             frames=(5, 9),
             known_frames=int(is_first_clean),
         )
-        self._denoiser = WanDenoiser(transformer)
-        for module in (autoencoder, image_encoder, self._denoiser):
-            if module is not None:
-                module.eval().requires_grad_(False)
+        super().__init__(
+            denoiser=WanDenoiser(transformer),
+            others={"autoencoder": autoencoder, "image_encoder": image_encoder},
+            encode_prompt=encode_prompt,
+            schedule=schedule,
+            name=name,
+            revision=revision,
+            device=device,
+        )
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self._denoiser.parameters()).device
+    def autoencoder(self) -> Any:
+        """The autoencoder, on the device."""
+        return self.networks()["autoencoder"]
 
-    def embed(self, prompt: str) -> dict[str, Tensor]:
-        """Embed a prompt; the text encoder is loaded and let go. Shapes: prompt [1, L, D]."""
-        return {"prompt": self._encode_prompt(prompt).to(self.device)}
+    @property
+    def image_encoder(self) -> Any:
+        """CLIP, on the device; None where there is none."""
+        return self.networks().get("image_encoder")
 
-    def encode(self, video: Tensor) -> Tensor:
-        """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
+    def _encode(self, video: Tensor) -> Tensor:
         latents: Tensor = self.autoencoder.encode(video).latent_dist.mode()
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode all frames. Shapes: [B, C, F, h, w] -> [B, 3, T, H, W]."""
+    def _decode(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
         video: Tensor = self.autoencoder.decode(latents * std + mean).sample
         return video
-
-    def decode_last(self, latents: Tensor) -> Tensor:
-        """Decode the last frame. All go through: every layer of the decoder remembers frames.
-
-        Shapes: [B, C, F, h, w] -> [B, 3, H, W].
-        """
-        return self.decode(latents)[:, :, -1]
 
     def condition(self, image: Tensor, *, frames: int) -> dict[str, Tensor]:
         """Encode the first frame, in the version's own way.
@@ -236,10 +260,6 @@ class WanBase:
             conditions["image_tokens"] = self.image_encoder(image)
         return conditions
 
-    def denoiser(self) -> WanDenoiser:
-        """Give the module that predicts; the same at every call."""
-        return self._denoiser
-
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self.autoencoder.config
         return (
@@ -248,8 +268,8 @@ class WanBase:
         )
 
 
-def open_base(name: str, *, device: str = "cpu") -> WanBase:
-    """Open a folder with a Wan image-to-video pipeline.
+def open_base(name: str, *, device: str = "cpu", weights: str = "auto") -> WanBase:
+    """Open a folder with a Wan image-to-video pipeline. weights: see `read_network`.
 
     Raises: ModelError if a file is missing or damaged, or it makes videos of text alone.
     """
@@ -257,7 +277,8 @@ def open_base(name: str, *, device: str = "cpu") -> WanBase:
     try:
         index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         is_first_clean = bool(index.get("expand_timesteps"))
-        transformer = _transformer(folder, boundary=index.get("boundary_ratio"))
+        boundary = index.get("boundary_ratio")
+        transformer = _transformer(folder, boundary=boundary, device=device, weights=weights)
         autoencoder = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
         image_encoder = _image_encoder(folder) if transformer.config.image_dim else None
         schedule = _schedule(folder)
@@ -272,29 +293,33 @@ def open_base(name: str, *, device: str = "cpu") -> WanBase:
             "such as Wan-AI/Wan2.2-TI2V-5B-Diffusers."
         )
     return WanBase(
-        transformer=transformer.to(device),
-        autoencoder=autoencoder.to(device),
-        image_encoder=image_encoder and image_encoder.to(device),
+        transformer=transformer,
+        autoencoder=autoencoder,
+        image_encoder=image_encoder,
         schedule=schedule,
         is_first_clean=is_first_clean,
-        encode_prompt=lambda prompt: _encode_prompt(folder, prompt),
+        encode_prompt=lambda prompt: _encode_prompt(folder, prompt, device=device),
         name=folder.resolve().name,
         revision=digest_folder(folder),
+        device=device,
     )
 
 
-def _transformer(folder: Path, *, boundary: float | None) -> WanTransformer3DModel | Experts:
-    transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
-    if boundary is None:
-        return transformer
-    second = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer_2")
-    return Experts(transformer, second, boundary=boundary)
+def _transformer(
+    folder: Path, *, boundary: float | None, device: str, weights: str
+) -> WanTransformer3DModel | Experts:
+    names = ("transformer",) if boundary is None else ("transformer", "transformer_2")
+    found = [
+        read_network(WanTransformer3DModel, folder / name, device=device, weights=weights)
+        for name in names
+    ]
+    return found[0] if boundary is None else Experts(*found, boundary=boundary)
 
 
 def _image_encoder(folder: Path) -> ImageEncoder:
     from transformers import CLIPVisionModel
 
-    tower = CLIPVisionModel.from_pretrained(folder / "image_encoder")
+    tower: Any = CLIPVisionModel.from_pretrained(folder / "image_encoder")
     return ImageEncoder(tower, side=tower.config.image_size)
 
 
@@ -311,8 +336,10 @@ def _schedule(folder: Path) -> Schedule:
     return Schedule(kind="flow", spacing="thousandths", shift=config.get("flow_shift", 1.0))
 
 
-def _encode_prompt(folder: Path, prompt: str) -> Tensor:
+def _encode_prompt(folder: Path, prompt: str, *, device: str) -> Tensor:
     """Embed a prompt with the folder's UMT5, zeros behind it. Shapes: result [1, L, D]."""
     prompt = " ".join(prompt.split())
-    embedded, mask = encode_text(folder, prompt, length=PROMPT_TOKENS, is_masked=True)
+    embedded, mask = encode_text(
+        folder, prompt, length=PROMPT_TOKENS, is_masked=True, device=device
+    )
     return embedded * mask[..., None]

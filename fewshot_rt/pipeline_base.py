@@ -1,0 +1,141 @@
+"""What bases made from diffusers' pipelines share: their networks are where they are needed.
+
+A text encoder, an autoencoder and a denoiser of five billion weights do not fit one small GPU
+together, and need not: prompts and frames are encoded once, before the denoiser begins. A tiny
+autoencoder can stand in for the family's own.
+Axes: B batch, C F h w latents, T H W pixels, L tokens, D width.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import digest_file
+from .errors import ModelError
+from .schedule import Schedule
+from .spec import Geometry
+from .taehv import Taehv, TinyFile, read_taehv
+
+D = TypeVar("D", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module)
+
+
+class PipelineBase(Generic[D]):
+    """The part of a `fewshot_rt.base.Base` that no family changes.
+
+    others: the networks besides the denoiser, by name. encode_prompt: gives [1, L, D]. device:
+    where networks come to when they are used, from the CPU; None leaves them where they are.
+    tiny_file: the published tiny autoencoder for the family's latents, if there is one.
+    """
+
+    geometry: Geometry
+    tiny_file: TinyFile | None = None
+
+    def __init__(
+        self,
+        *,
+        denoiser: D,
+        others: Mapping[str, nn.Module | None],
+        encode_prompt: Callable[[str], Tensor],
+        schedule: Schedule,
+        name: str,
+        revision: str,
+        device: str | None,
+    ) -> None:
+        self.name, self.revision, self.schedule = name, revision, schedule
+        self._denoiser, self._encode_prompt, self._device = denoiser, encode_prompt, device
+        self._others: dict[str, nn.Module] = {n: m for n, m in others.items() if m is not None}
+        self._prompts: dict[str, Tensor] = {}
+        self._tiny: Taehv | None = None
+        modules: list[nn.Module] = [denoiser, *self._others.values()]
+        for module in modules:
+            module.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where arithmetic runs."""
+        if self._device is None:
+            return next(self._denoiser.parameters()).device
+        return torch.device(self._device)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Give the networks besides the denoiser by name, on the device."""
+        return {name: self._bring(module) for name, module in self._others.items()}
+
+    def rest(self) -> None:
+        """Let the networks besides the denoiser wait on the CPU until they are used again."""
+        if self._device is not None:
+            for module in self._others.values():
+                module.to("cpu")
+
+    def denoiser(self) -> D:
+        """Give the module that predicts; the same at every call."""
+        return self._bring(self._denoiser)
+
+    def embed(self, prompt: str) -> dict[str, Tensor]:
+        """Embed a prompt; the text encoder is loaded for it, and let go. Shapes: [1, L, D]."""
+        if prompt not in self._prompts:
+            self._prompts[prompt] = self._encode_prompt(prompt)
+        return {"prompt": self._prompts[prompt].to(self.device)}
+
+    def use_tiny(self, path: Path) -> None:
+        """Decode with a tiny autoencoder from now on, and encode where its encoder serves.
+
+        The revision tells which: what was encoded or trained with another does not fit.
+        Raises: ModelError if the family has none, or the file does not fit.
+        """
+        if self.tiny_file is None:
+            raise ModelError(
+                f"no tiny autoencoder is known for the latents of {self.name}. Leave out --vae."
+            )
+        tiny = read_taehv(path, self.tiny_file, self.geometry).eval().requires_grad_(False)
+        self._others["autoencoder" if tiny.has_encoder else "tiny_autoencoder"] = tiny
+        self._tiny = tiny
+        self.revision = f"{self.revision}+{digest_file(path)}"
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
+        if self._tiny is None or not self._tiny.has_encoder:
+            return self._encode(video)
+        return self._bring(self._tiny).encode(video)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode all frames. Shapes: [B, C, F, h, w] -> [B, 3, T, H, W]."""
+        if self._tiny is None:
+            return self._decode(latents)
+        return self._bring(self._tiny).decode(self._for_tiny(latents))
+
+    def decode_last(self, latents: Tensor) -> Tensor:
+        """Decode the last frame.
+
+        Of the family's own autoencoder all go through: it depends on those before.
+        Shapes: [B, C, F, h, w] -> [B, 3, H, W].
+        """
+        if self._tiny is None:
+            return self._decode(latents)[:, :, -1]
+        return self._bring(self._tiny).decode_last(self._for_tiny(latents))
+
+    def _encode(self, video: Tensor) -> Tensor:
+        """Encode with the family's own autoencoder."""
+        raise NotImplementedError
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Decode with the family's own autoencoder."""
+        raise NotImplementedError
+
+    def _for_tiny(self, latents: Tensor) -> Tensor:
+        """Give latents as the family's tiny autoencoder takes them."""
+        return latents
+
+    def _bring(self, module: M) -> M:
+        if self._device is not None and not _is_on(module, self._device):
+            module.to(self._device)
+        return module
+
+
+def _is_on(module: nn.Module, device: str) -> bool:
+    """Say whether a module is on a device: while a graph is captured, nothing may be moved."""
+    return next(module.parameters()).device.type == torch.device(device).type
