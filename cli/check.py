@@ -5,8 +5,10 @@ from typing import Any
 
 import click
 
+from fewshot_rt.cards import BOX, find_card
 from fewshot_rt.train_config import TrainConfig
 
+from .costs import show_costs
 from .options import FOLDER, json_option, make_settings, settings_options, write_result
 from .progress import say
 
@@ -14,7 +16,9 @@ from .progress import say
 @click.command("check")
 @click.argument("pairs", type=FOLDER)
 @click.option(
-    "--estimate/--no-estimate", default=True, help="Try a few steps and tell time and memory."
+    "--estimate/--no-estimate",
+    default=True,
+    help="Tell time and memory: by a few steps, or reckoned for a known --base on the Hub.",
 )
 @settings_options(TrainConfig)
 @json_option
@@ -35,6 +39,9 @@ def command(pairs: Path, estimate: bool, config: Path | None, as_json: bool, **f
         write_result(found, as_json=as_json)
         return 1
     task = Task.load(pairs)
+    card = find_card(settings.base)
+    if card is not None:
+        task = task.played(card.transition)
     kinds = Augmentation.parse(
         settings.augment, codec=task.codec.name, pairs=task.split("train").load_pairs()
     ).kinds
@@ -50,7 +57,9 @@ def command(pairs: Path, estimate: bool, config: Path | None, as_json: bool, **f
     say(f"answers are of kind {task.codec.name!r}, judged by {', '.join(task.metrics)}")
     say(f"transition {task.transition.kind}, {task.transition.frames} frames")
     say(f"variants of pairs: {', '.join(kinds) or 'none'}")
-    if estimate:
+    if estimate and card is not None and card.name != BOX:
+        found["costs"] = show_costs(card, task, settings)
+    elif estimate:
         found["estimate"] = _estimate(task, settings)
     write_result(found, as_json=as_json)
     return 0

@@ -17,6 +17,7 @@ class Base(Protocol):
 
     name, revision: where it came from; an adapter fits one name and revision.
     lora_targets: names of the layers that an adapter changes, as PEFT takes them.
+    batch: images that a prediction answers at once.
     suited: settings of training that suit an adapter, for those that are not given.
     transition: the one that suits the base, for tasks that state none.
     comfy_names: parts of layers' names, and ComfyUI's for them; None where it has no such model.
@@ -28,6 +29,7 @@ class Base(Protocol):
     geometry: Geometry
     schedule: Schedule
     lora_targets: tuple[str, ...]
+    batch: int
     suited: Suited
     transition: Transition
     comfy_names: Mapping[str, str] | None

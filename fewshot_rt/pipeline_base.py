@@ -31,6 +31,7 @@ class PipelineBase(Generic[D]):
     tiny_file: the published tiny autoencoder for the family's latents, if there is one.
     """
 
+    batch = 1
     geometry: Geometry
     tiny_file: TinyFile | None = None
 
@@ -99,13 +100,13 @@ class PipelineBase(Generic[D]):
     def encode(self, video: Tensor) -> Tensor:
         """Encode a video. Shapes: [B, 3, T, H, W] -> [B, C, F, h, w]."""
         if self._tiny is None or not self._tiny.has_encoder:
-            return self._encode(video)
+            return _one_by_one(self._encode, video)
         return self._bring(self._tiny).encode(video)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode all frames. Shapes: [B, C, F, h, w] -> [B, 3, T, H, W]."""
         if self._tiny is None:
-            return self._decode(latents)
+            return _one_by_one(self._decode, latents)
         return self._bring(self._tiny).decode(self._for_tiny(latents))
 
     def decode_last(self, latents: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class PipelineBase(Generic[D]):
         Shapes: [B, C, F, h, w] -> [B, 3, H, W].
         """
         if self._tiny is None:
-            return self._decode(latents)[:, :, -1]
+            return _one_by_one(self._decode, latents)[:, :, -1]
         return self._bring(self._tiny).decode_last(self._for_tiny(latents))
 
     def _encode(self, video: Tensor) -> Tensor:
@@ -134,6 +135,16 @@ class PipelineBase(Generic[D]):
         if self._device is not None and not _is_on(module, self._device):
             module.to(self._device)
         return module
+
+
+def _one_by_one(code: Callable[[Tensor], Tensor], videos: Tensor) -> Tensor:
+    """Encode or decode videos one after the other: large ones take gigabytes each.
+
+    A captured graph takes them together, since its batch has no number yet.
+    """
+    if torch.compiler.is_compiling() or len(videos) == 1:
+        return code(videos)
+    return torch.cat([code(video) for video in videos.split(1)])
 
 
 def _is_on(module: nn.Module, device: str) -> bool:

@@ -51,6 +51,7 @@ def make_recipe(base: "Base", task: "Task", config: "TrainConfig") -> Recipe:
         steps=steps,
         noise=noise,
         seed=config.seed,
+        batch=base.batch,
     )
 
 

@@ -50,11 +50,15 @@ LIGHT = (
     "fewshot_rt.train_config",
     "fewshot_rt.pretrain_config",
     "fewshot_rt.bases",
+    "fewshot_rt.cards",
+    "fewshot_rt.costs",
+    "fewshot_rt.memory",
     "fewshot_rt.export.bundle",
     "fewshot_rt.export.engines.onnx",
     "fewshot_rt.benchmarks.cases",
     "fewshot_rt.benchmarks.tasks",
     "fewshot_rt.cli.main",
+    "fewshot_rt.cli.bases",
     "fewshot_rt.cli.predict",
 )
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
@@ -224,6 +228,7 @@ def test_the_shipped_weights_are_small() -> None:
 def expected_in_wheel() -> set[str]:
     files = sources(*FOLDERS)
     files += [path for path in (ROOT / "fewshot_rt" / "weights").rglob("*") if path.is_file()]
+    files += (ROOT / "fewshot_rt" / "bases" / "cards").glob("*.json")
     files.append(ROOT / "fewshot_rt" / "py.typed")
     return {
         named(path) if named(path).startswith("fewshot_rt/") else f"fewshot_rt/{named(path)}"

@@ -1,8 +1,10 @@
 """Families of video models, one file each; `open_base` finds the right one."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..cards import find_card
 from ..checkpoints import INDEX_FILE, find_snapshot, read_pipeline
 from ..discover import load_module, module_names
 from ..errors import ModelError, unknown
@@ -41,6 +43,9 @@ def _open(name: str, **chosen: str) -> "Base":
         folder = find_snapshot(name)
         opened: Base = load_module(__name__, _family(folder)).open_base(str(folder), **chosen)
         opened.name = name
+        card = find_card(name.partition("@")[0])
+        if card is not None:  # the folders of some models do not tell
+            opened.geometry = replace(opened.geometry, native=card.native)
         return opened
     raise ModelError(f"{unknown('base', name, IN_THE_BOX)} Or give a folder of a base.")
 

@@ -139,6 +139,7 @@ class PocketBase:
         *("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
         *("patch_embedding", "proj_out"),
     )
+    batch = 4
     suited = Suited(batch=4, rate=0.004, rank=32, alpha=32, clip=1.0, checkpointing=False)
     transition = Transition(kind="repeat_target", frames=5)
     comfy_names: Mapping[str, str] | None = None
