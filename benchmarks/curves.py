@@ -162,7 +162,9 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
         axis.tick_params(labelsize=7)
     for axis in axes[len(tasks) + 1 :]:
         axis.set_visible(False)
-    axes[0].legend(fontsize=7)
+    drawn = [dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)) for axis in axes]
+    named = {method: line for lines in drawn for method, line in lines.items()}
+    axes[0].legend(named.values(), named.keys(), fontsize=7)
     figure.supxlabel("pairs")
     figure.supylabel("skill: 1 - error / error of the best baseline")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -103,12 +103,13 @@ def open_empty(card: Card, *, layers: int | None = None, weights: str = "fp32") 
 
     The caller chooses by opening it under `torch.device("meta")` or a `FakeTensorMode`. Of two
     experts, which are alike, there is one. layers: fewer blocks than the card has. weights: "fp32"
-    or "bf16", of the transformer; the other networks are in fp32.
+    or "bf16", of the transformer, and of the autoencoder where the family's follows.
     """
     changes = {} if layers is None else {"num_layers": layers}
     with _weights(weights):
         transformer = _empty(card.transformer, changes)
-    base: Base = _FAMILIES[card.family](card, transformer)
+        autoencoder = None if card.family in FP32_CODERS else _empty(card.vae, {})
+    base: Base = _FAMILIES[card.family](card, transformer, autoencoder)
     return base
 
 
@@ -158,13 +159,13 @@ def _prompt(card: Card) -> Any:
     return torch.zeros(1, *card.prompt)
 
 
-def _cogvideox(card: Card, transformer: Any) -> Any:
+def _cogvideox(card: Card, transformer: Any, autoencoder: Any) -> Any:
     from .bases.cogvideox import CogVideoXBase
     from .schedule import Schedule
 
     return CogVideoXBase(
         transformer=transformer,
-        autoencoder=_empty(card.vae, {}),
+        autoencoder=autoencoder,
         schedule=Schedule(kind="v"),
         encode_text=lambda _: _prompt(card),
         name=card.name,
@@ -172,7 +173,7 @@ def _cogvideox(card: Card, transformer: Any) -> Any:
     )
 
 
-def _wan(card: Card, transformer: Any) -> Any:
+def _wan(card: Card, transformer: Any, _: Any) -> Any:
     from .bases.wan import WanBase
     from .schedule import Schedule
 
@@ -197,13 +198,13 @@ def _empty_tower(config: Config) -> Any:
     return ImageEncoder(CLIPVisionModel(CLIPVisionConfig(**sizes)), side=sizes["image_size"])
 
 
-def _ltx(card: Card, transformer: Any) -> Any:
+def _ltx(card: Card, transformer: Any, autoencoder: Any) -> Any:
     from .bases.ltx import LTXBase
     from .schedule import Schedule
 
     return LTXBase(
         transformer=transformer,
-        autoencoder=_empty(card.vae, {}),
+        autoencoder=autoencoder,
         schedule=Schedule(kind="flow"),
         encode_text=lambda _: _prompt(card),
         is_causal=not card.scheduler["use_dynamic_shifting"],
@@ -212,7 +213,7 @@ def _ltx(card: Card, transformer: Any) -> Any:
     )
 
 
-def _pocket(card: Card, transformer: Any) -> Any:
+def _pocket(card: Card, transformer: Any, _: Any) -> Any:
     import torch
 
     from .autoencoder import AutoencoderConfig, TinyVideoAutoencoder
@@ -226,4 +227,6 @@ def _pocket(card: Card, transformer: Any) -> Any:
     )
 
 
+# Families whose autoencoder stays in fp32 on a GPU, too.
+FP32_CODERS = ("wan", "pocket")
 _FAMILIES = {"cogvideox": _cogvideox, "wan": _wan, "ltx": _ltx, "pocket": _pocket}

@@ -11,7 +11,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from .cards import Card, open_empty
-from .errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -152,17 +151,8 @@ def make_inputs(base: "Base", video: Video) -> "dict[str, Tensor]":
 
 
 def predict(base: "Base", inputs: "Mapping[str, Tensor]") -> "Tensor":
-    """Predict once.
-
-    Raises: ModelError if the model knows one size only, and this is another.
-    """
-    try:
-        prediction: Tensor = base.denoiser()(**inputs)
-    except ValueError as error:
-        height, width = base.geometry.native
-        raise ModelError(
-            f"{base.name} does not take this size; its own is {width}x{height} ({error})"
-        ) from error
+    """Predict once."""
+    prediction: Tensor = base.denoiser()(**inputs)
     return prediction
 
 

@@ -22,6 +22,7 @@ from .evaluate import write_panel
 from .files import reported, write_text
 from .images import Floats, read_image
 from .latents import embed_prompt
+from .parallel import join, leave
 from .predict import answer_images
 from .predictor import Predictor
 from .runs import (
@@ -60,16 +61,39 @@ def fit(
 
     A folder that holds a saved state goes on from it, and its settings must be the same; to
     overwrite, the folder is emptied once pairs, settings and base have proved good. The adapter is
-    reloaded into a fresh base at the end: it must load whole and change the output.
+    reloaded into a fresh base at the end: it must load whole and change the output. Under torchrun
+    (or `accelerate launch`) every process trains on its own GPU, all step as one, and the run is
+    that of the first.
     Raises: DataError, ConfigError, ModelError.
     """
+    config = replace(config, device=pick_device(config.device))
+    rank, _ = join(config.device)
+    try:
+        if rank == 0:
+            yield from _fit(pairs, folder, config, overwrite=overwrite)
+            return
+        with TemporaryDirectory() as other:
+            own = Path(other) / "runs" / folder.name
+            yield from _fit(pairs, own, config, begun=None if overwrite else folder)
+    finally:
+        leave()
+
+
+def _fit(
+    pairs: Path,
+    folder: Path,
+    config: TrainConfig,
+    *,
+    overwrite: bool = False,
+    begun: Path | None = None,
+) -> Iterator[TrainStep]:
+    """Train as one process of `fit`. begun: the run to go on with, if not in the folder."""
     task = Task.load(pairs)
     shots = len(task.split("train").pairs) if config.shots is None else config.shots
     chosen = task.shots(shots, config.seed)
     config = replace(
         config,
         shots=shots,
-        device=pick_device(config.device),
         base=settled(config.base),
         vae=config.vae and str(Path(config.vae).resolve()),
     )
@@ -79,8 +103,8 @@ def fit(
     config = replace(config, **vars(config.suited(base.suited)))
     if overwrite:
         remove_run(folder, keep=pairs)
-    if (folder / STATE_FILE).is_file():
-        require_same(folder, chosen, config, revision=base.revision)
+    if ((begun or folder) / STATE_FILE).is_file():
+        require_same(begun or folder, chosen, config, revision=base.revision)
     recipe = make_recipe(base, task, config)
     cache = folder.parent / ".cache"
     # One large network after the other: text encoder, autoencoder, denoiser.
@@ -90,7 +114,7 @@ def fit(
     shown = _Shown(folder, task, base_predictor(base, recipe, prompt, origin=str(folder)))
     bare = shown.predictor.answer(probe(shown.predictor))
     log = folder / "metrics.jsonl"
-    for step in train(base, chosen, config, folder, cache=cache):
+    for step in train(base, chosen, config, folder, cache=cache, begun=begun):
         if step.gradient_norm:
             _append(log, step)
         else:

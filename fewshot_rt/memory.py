@@ -1,8 +1,9 @@
 """How much memory of a GPU a base takes, estimated without its weights.
 
 The base runs on fake tensors, which have sizes but no content, as `train` and `predict` run it on a
-GPU: the denoiser's weights in bf16 unless others are chosen, those of the other networks in fp32,
-arithmetic of training in bf16. What PyTorch would hold of the tensors is added up.
+GPU: the denoiser's weights in bf16 unless others are chosen, those of the autoencoder in bf16 or
+fp32 as the family has it, arithmetic of training in bf16. What PyTorch would hold of the tensors is
+added up.
 """
 
 import weakref
@@ -76,7 +77,7 @@ def measure_memory(
     count = card.experts * _count(whole.denoiser())
     predicting = Memory(
         denoiser=round(WEIGHT_BYTES["fp32" if kept == "fp32" else "bf16"] * count),
-        encoders=4 * sum(_count(network) for network in whole.networks().values()),
+        encoders=_encoder_bytes(empty),
         adapter=0,
         activations=_pass_peak(empty, one),
         coding=_coding_peak(empty, one),
@@ -92,6 +93,15 @@ def measure_memory(
         activations=few + (card.layers - FEW) * (more - few),
     )
     return {"train": training, "predict": predicting}
+
+
+def _encoder_bytes(empty: "Empty") -> int:
+    import torch
+
+    with torch.device("meta"):
+        networks = empty(layers=1).networks().values()
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _count(network: "nn.Module") -> int:

@@ -34,6 +34,11 @@ def join(device: str) -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
+def own_rank() -> int:
+    """Give this process's rank; 0 if it is alone."""
+    return distributed.get_rank() if _is_joined() else 0
+
+
 def leave() -> None:
     """Part from the other processes, if there are any."""
     if _is_joined():

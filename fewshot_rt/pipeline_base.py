@@ -127,6 +127,10 @@ class PipelineBase(Generic[D]):
         """Decode with the family's own autoencoder."""
         raise NotImplementedError
 
+    def _typed(self, values: Tensor) -> Tensor:
+        """Give values in the type in which the family's own autoencoder computes."""
+        return values.to(next(self._others["autoencoder"].parameters()).dtype)
+
     def _for_tiny(self, latents: Tensor) -> Tensor:
         """Give latents as the family's tiny autoencoder takes them."""
         return latents

@@ -22,6 +22,7 @@ class Geometry:
     known_frames: latent frames at the start that the condition already fixes; no loss there.
     merged_frames: latent frames that the denoiser merges into one; where their number is not a
         multiple of it, there are more in front, copies of the first.
+    is_fixed: whether the native size is the only one.
     """
 
     channels: int
@@ -32,6 +33,7 @@ class Geometry:
     frames: tuple[int, ...]
     known_frames: int = 0
     merged_frames: int = 1
+    is_fixed: bool = False
 
     def latent_shape(self, *, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Give (C, F, h, w) of a video.
@@ -41,6 +43,11 @@ class Geometry:
         if height % self.multiple or width % self.multiple:
             raise ModelError(
                 f"{width}x{height} does not fit: both sides must be multiples of {self.multiple}"
+            )
+        if self.is_fixed and (height, width) != self.native:
+            raise ModelError(
+                f"{width}x{height} does not fit: this base learned places for "
+                f"{self.native[1]}x{self.native[0]} alone. Leave out --size."
             )
         if (frames - 1) % self.time_factor:
             raise ModelError(

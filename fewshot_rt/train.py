@@ -21,6 +21,7 @@ from .base import Base
 from .device import arithmetic, enough_memory
 from .latents import embed_prompt, encode_task
 from .optimise import Optimiser, Pace
+from .parallel import agree, own_rank
 from .schedule import Schedule
 from .state import load_state, save_state, uninterrupted
 from .task import Task
@@ -52,20 +53,23 @@ def train(
     *,
     cache: Path,
     trainable: Trainable | None = None,
+    begun: Path | None = None,
 ) -> Iterator[TrainStep]:
     """Train an adapter on the pairs of a task and leave it attached to the base.
 
     trainable: gives the parameters to train, by name, in place of a fresh adapter's.
-    Goes on from the state in the folder, if there is one; saves it every so often, at the end, and
-    when the loop is left early (Ctrl-C). Step 0 is yielded before the first update.
+    begun: where the state is to go on from, if not in the folder.
+    Goes on from the state, if there is one; saves it every so often, at the end, and when the loop
+    is left early (Ctrl-C). Step 0 is yielded before the first update. Under torchrun every process
+    draws batches of its own, and all step as one.
     Raises: ModelError if the gradient stops being a number, or memory does not suffice.
     """
     loop = _Loop(base, task, config, cache, trainable)
-    loop.resume(folder / STATE_FILE)
+    loop.resume((begun or folder) / STATE_FILE)
     yield TrainStep(loop.step_count, float("nan"), loop.progress(), loop.seconds_left(), 0.0)
     saved = time.monotonic()
     try:
-        while loop.progress() < 1:
+        while agree(loop.progress()) < 1:
             with uninterrupted():
                 step = loop.update()
             yield step
@@ -143,6 +147,7 @@ class _Loop:
         )
         self.generator = torch.Generator().manual_seed(config.seed)
         self.seconds = 0.0
+        self._draw_apart()
 
     @property
     def step_count(self) -> int:
@@ -200,6 +205,13 @@ class _Loop:
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
         self.seconds = state["seconds"]
+        self._draw_apart()
+
+    def _draw_apart(self) -> None:
+        """Let every process but the first draw batches and noise of its own."""
+        rank = own_rank()
+        if rank:
+            self.generator.manual_seed(self.config.seed + 1_000_003 * rank + self.step_count)
 
     def save(self, path: Path) -> None:
         state = {

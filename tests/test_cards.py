@@ -157,7 +157,7 @@ def test_attention_is_counted_as_its_two_products() -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ModelError, match="multiples of 16"):
         measure_pass(card_of(COGVIDEOX), Video(frames=9, size=(490, 720)))
-    with pytest.raises(ModelError, match="its own is 720x480"):
+    with pytest.raises(ModelError, match="learned places for 720x480 alone"):
         measure_pass(card_of("zai-org/CogVideoX-5b-I2V"), Video(frames=9, size=(480, 480)))
     with pytest.raises(ModelError, match="8 frames do not fit"):
         measure_pass(card_of(SMALL_WAN), Video(frames=8, size=(704, 1280)))

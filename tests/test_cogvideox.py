@@ -170,6 +170,27 @@ def test_latents_of_a_video_are_scaled_and_merged(base: CogVideoXBase, official:
 
 
 @torch.no_grad()
+def test_large_videos_go_through_the_autoencoder_in_the_official_tiles(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderKLCogVideoX
+
+    monkeypatch.setattr("fewshot_rt.bases.cogvideox.TILE", (48, 40))
+    base: Any = open_base(str(folder))
+    official = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
+    video = torch.rand(2, 3, 9, 80, 64, generator=torch.Generator().manual_seed(8)) * 2 - 1
+    latents = base.encode(video)
+    whole = official.encode(video).latent_dist.mode() * 0.7
+    official.enable_tiling(48, 40)
+    tiled = torch.cat([official.encode(one[None]).latent_dist.mode() for one in video]) * 0.7
+    last = tiled.shape[2]  # without what was put in front
+    torch.testing.assert_close(latents[:, :, -last:], tiled)
+    assert relative(whole, tiled) > 1e-3
+    expected = torch.cat([official.decode(one[None] / 0.7).sample for one in tiled])
+    torch.testing.assert_close(base.decode(base.encode(video)), expected)
+
+
+@torch.no_grad()
 def test_an_adapter_of_no_steps_changes_no_bit(folder: Path) -> None:
     base = open_base(str(folder))
     shape = base.geometry.latent_shape(frames=9, height=16, width=16)

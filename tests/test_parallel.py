@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fewshot_rt.parallel import agree, average_gradients, join
+from fewshot_rt.runs import open_run
 
 SCRIPT = """
 import json, sys, torch
@@ -36,6 +38,30 @@ assert not [name for name in left if "gloo" in name], left
 """
 
 
+TRAINING = """
+import json, sys
+from pathlib import Path
+import fewshot_rt.fit as module
+from fewshot_rt.parallel import own_rank
+from fewshot_rt.train_config import TrainConfig
+
+shop, run, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+options = {"batch": 1, "rank": 2, "variants": 2, "warmup": 0, "precision": "fp32"}
+config = TrainConfig(base=str(shop / "base"), steps=steps, device="cpu", **options)
+take = module.snapshot
+
+def tell(base, provenance):
+    adapter = take(base, provenance)
+    found = [value for v in adapter.weights.values() for value in v.flatten()[:4].tolist()]
+    run.with_suffix(f".{own_rank()}").write_text(json.dumps(found))
+    return adapter
+
+module.snapshot = tell
+*_, last = module.fit(shop / "pairs", run, config)
+assert last.step == steps
+"""
+
+
 def test_alone_nothing_changes() -> None:
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.tensor([1.0, 2.0])
@@ -43,6 +69,27 @@ def test_alone_nothing_changes() -> None:
     assert parameter.grad.tolist() == [1.0, 2.0]
     assert agree(0.25) == 0.25
     assert join("cpu") == (0, 1)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_adapter(tmp_path: Path, workshop: Path) -> None:
+    """Both end with the same weights, other than one process has; the run is the first one's."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAINING)
+    run, one = (tmp_path / "runs" / name for name in ("both", "one"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for steps in ("2", "4"):  # the second time, from the saved state
+        words = ["--nproc-per-node", "2", script, workshop, run, steps]
+        subprocess.run([*torchrun, *words], check=True)
+    subprocess.run([sys.executable, script, workshop, one, "4"], check=True)
+    first, second, alone = (
+        json.loads(path.read_text())
+        for path in (run.with_suffix(".0"), run.with_suffix(".1"), one.with_suffix(".0"))
+    )
+    assert first == second
+    assert first != pytest.approx(alone)
+    assert open_run(run).answer(np.zeros((1, 3, 32, 32), np.float32)).shape == (1, 3, 32, 32)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.slow

@@ -35,6 +35,9 @@ from ..transition import Transition
 
 PIPELINES = ("CogVideoXImageToVideoPipeline",)
 OFS = 2.0  # what the frame-rate embedding of CogVideoX1.5 is given, always
+# Height and width in pixels: what is larger goes through the autoencoder in tiles that overlap and
+# are blended, as in CogVideoX's own demo; whole, 9 frames of 1360x768 would take 36 GB.
+TILE = (480, 720)
 SHORTEST = (9, 5)  # frames: the paper's, and the fewest
 # Those of ComfyUI itself since 2026 (comfy/ldm/cogvideo/model.py). The older
 # ComfyUI-CogVideoXWrapper takes the file for diffusers instead.
@@ -114,6 +117,7 @@ class CogVideoXBase(PipelineBase[CogVideoXDenoiser]):
         revision: str,
         device: str | None = None,
     ) -> None:
+        autoencoder.enable_tiling(*TILE)
         config, scales = transformer.config, autoencoder.config
         space = 2 ** (len(scales.block_out_channels) - 1)
         time_factor = scales.temporal_compression_ratio
@@ -125,6 +129,7 @@ class CogVideoXBase(PipelineBase[CogVideoXDenoiser]):
             native=(config.sample_height * space, config.sample_width * space),
             frames=SHORTEST,
             merged_frames=config.patch_size_t or 1,
+            is_fixed=config.use_learned_positional_embeddings,
         )
         super().__init__(
             denoiser=CogVideoXDenoiser(transformer, steps=len(schedule.signal_power)),
@@ -151,8 +156,8 @@ class CogVideoXBase(PipelineBase[CogVideoXDenoiser]):
 
         The autoencoder makes one frame of the first latent frame only where their number is odd.
         """
-        video: Tensor = self.autoencoder.decode(self._for_tiny(latents)).sample
-        return video
+        video: Tensor = self.autoencoder.decode(self._typed(self._for_tiny(latents))).sample
+        return video.float()
 
     def _for_tiny(self, latents: Tensor) -> Tensor:
         """Give latents as both autoencoders take them, TAEHV's too: unscaled (TAECVX_T2I_Demo)."""
@@ -170,8 +175,8 @@ class CogVideoXBase(PipelineBase[CogVideoXDenoiser]):
 
     def _latents(self, video: Tensor) -> Tensor:
         """Give the mean of the autoencoder's distribution, unscaled."""
-        latents: Tensor = self.autoencoder.encode(video).latent_dist.mode()
-        return latents
+        latents: Tensor = self.autoencoder.encode(self._typed(video)).latent_dist.mode()
+        return latents.float()
 
 
 def open_base(name: str, *, device: str = "cpu", weights: str = "auto") -> CogVideoXBase:
@@ -184,7 +189,9 @@ def open_base(name: str, *, device: str = "cpu", weights: str = "auto") -> CogVi
         transformer = read_network(
             CogVideoXTransformer3DModel, folder / "transformer", device=device, weights=weights
         )
-        autoencoder = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
+        autoencoder = read_network(
+            AutoencoderKLCogVideoX, folder / "vae", device=device, weights="auto"
+        )
         schedule = _schedule(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(

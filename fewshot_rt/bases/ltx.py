@@ -154,8 +154,8 @@ class LTXBase(PipelineBase[LTXDenoiser]):
 
     def _encode(self, video: Tensor) -> Tensor:
         mean, std = self._moments()
-        latents: Tensor = self.autoencoder.encode(video).latent_dist.mode()
-        return (latents - mean) / std
+        latents: Tensor = self.autoencoder.encode(self._typed(video)).latent_dist.mode()
+        return (latents.float() - mean) / std
 
     def _decode(self, latents: Tensor) -> Tensor:
         mean, std = self._moments()
@@ -164,8 +164,9 @@ class LTXBase(PipelineBase[LTXDenoiser]):
         scaled = latents * std / config.scaling_factor + mean
         # Some decoders can take away a last bit of noise; at time 0 there is none.
         time = latents.new_zeros(latents.shape[0]) if config.timestep_conditioning else None
-        video: Tensor = self.autoencoder.decode(scaled, time).sample
-        return video
+        time = None if time is None else self._typed(time)
+        video: Tensor = self.autoencoder.decode(self._typed(scaled), time).sample
+        return video.float()
 
     def condition(self, image: Tensor, *, frames: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Encode the first frame. Shapes: image [B, 3, H, W]; first [B, C, 1, h, w]."""
@@ -173,7 +174,7 @@ class LTXBase(PipelineBase[LTXDenoiser]):
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Give mean and standard deviation of the latents. Shapes: [C, 1, 1, 1]."""
-        mean, std = self.autoencoder.latents_mean, self.autoencoder.latents_std
+        mean, std = self.autoencoder.latents_mean.float(), self.autoencoder.latents_std.float()
         return mean[:, None, None, None], std[:, None, None, None]
 
 
@@ -189,7 +190,9 @@ def open_base(name: str, *, device: str = "cpu", weights: str = "auto") -> LTXBa
             LTXVideoTransformer3DModel, folder / "transformer", device=device, weights=weights
         )
         _require("transformer", transformer.config, {"patch_size": 1, "patch_size_t": 1})
-        autoencoder = AutoencoderKLLTXVideo.from_pretrained(folder, subfolder="vae")
+        autoencoder = read_network(
+            AutoencoderKLLTXVideo, folder / "vae", device=device, weights="auto"
+        )
         schedule, is_causal = _schedule(folder)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ArithmeticError) as error:
         raise ModelError(
