@@ -36,9 +36,8 @@ MOST_PAIRS = 30
 # All weights at once want smaller steps than an adapter's; a third and three times as much give the
 # same.
 FULL_RATE = 0.001
-# Settings of training that a cell has for itself, or that change nothing.
-# What is a cell's own, and what does not change the outcome.
-OF_A_CELL = ("seed", "shots", "size", "save_seconds", "weights", "checkpointing")
+# Settings of training that a cell has for itself, or that change nothing for pocket.
+OF_A_CELL = ("seed", "shots", "size", "save_seconds", "weights", "checkpointing", "vae")
 
 
 @dataclass(frozen=True, kw_only=True)

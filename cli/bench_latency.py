@@ -67,7 +67,7 @@ def _measure(place: Path, *, batch: int, rounds: int) -> Any:
     recipe = replace(values["recipe"], batch=batch)
     prompt = values["prompt"]
     eager = base_predictor(merged, recipe, prompt, origin="eager")
-    attached = open_base(values["train"]["base"], vae=values["train"].get("vae"))
+    attached = open_base(values["train"]["base"], weights="fp32", vae=values["train"].get("vae"))
     Adapter.load(place).attach(attached)
     plain = plain_loop(attached, prompt=prompt, recipe=recipe, decode=attached.decode)
     variants = {"plain": plain, "eager": eager.answer}

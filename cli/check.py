@@ -42,6 +42,7 @@ def command(pairs: Path, estimate: bool, config: Path | None, as_json: bool, **f
     card = find_card(settings.base)
     if card is not None:
         task = task.played(card.transition)
+    is_known = card is not None or task.states_transition
     kinds = Augmentation.parse(
         settings.augment, codec=task.codec.name, pairs=task.split("train").load_pairs()
     ).kinds
@@ -50,12 +51,13 @@ def command(pairs: Path, estimate: bool, config: Path | None, as_json: bool, **f
         "test": len(task.split("test").pairs),
         "answers": task.codec.name,
         "metrics": task.metrics,
-        "transition": vars(task.transition),
+        "transition": vars(task.transition) if is_known else None,
         "augmentation": kinds,
     }
     say(f"{found['train']} pairs for training, {found['test']} for testing")
     say(f"answers are of kind {task.codec.name!r}, judged by {', '.join(task.metrics)}")
-    say(f"transition {task.transition.kind}, {task.transition.frames} frames")
+    if is_known:
+        say(f"transition {task.transition.kind}, {task.transition.frames} frames")
     say(f"variants of pairs: {', '.join(kinds) or 'none'}")
     if estimate and card is not None and card.name != BOX:
         found["costs"] = show_costs(card, task, settings)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fewshot_rt.cards import Card
+from fewshot_rt.costs import GB, TERA
 from fewshot_rt.train_config import TrainConfig
 
 from .bases import describe, shorten
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from fewshot_rt.memory import Memory
     from fewshot_rt.task import Task
 
-GB, TERA = 1e9, 1e12
 VERBS = ("train", "predict")
 
 
@@ -112,8 +112,11 @@ def _times(step_seconds: float | None, steps: int) -> tuple[str, str]:
 def _verdict(costs: dict[str, Any]) -> str:
     if not costs["has_gpu"]:
         return "This machine has no GPU. pocket trains without one."
-    if costs["gpus"][0]["train"]:
+    gpu = costs["gpus"][0]
+    if gpu["train"] and gpu["predict"]:
         return "This GPU will do."
+    if gpu["train"]:
+        return "This GPU will train, but not predict, which takes the base in bf16."
     return (
         "This GPU will not do: take a smaller --size or --base, --weights nf4, a tiny --vae, or a "
         "GPU with more memory."

@@ -38,6 +38,11 @@ def command(
     PAIRS holds input/ and target/ with images of the same names (or pairs.csv, pairs.jsonl). The
     run is written to runs/NAME, and runs/latest points to it: adapter, settings, metrics, and
     panels that show how the answers come about. An interrupted run goes on with --resume.
+
+    \b
+    On several GPUs, each process draws batches of its own and all step as one:
+    torchrun --standalone --nproc-per-node 2 --local-ranks-filter 0 \\
+        --no-python fewshot-rt train PAIRS --name NAME
     """
     given = make_settings(TrainConfig, config, flags)
     if resume and overwrite:

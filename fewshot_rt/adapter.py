@@ -77,7 +77,9 @@ class Adapter:
     comfy_names: Mapping[str, str] | None = None
 
     def merge(self, base: Base) -> None:
-        """Add the update to the weights of a base, in fp32, and leave plain layers behind.
+        """Add the update to the weights of a base and leave plain layers behind.
+
+        The sum has the type of the weights: in bf16, what is below half a unit of theirs is lost.
 
         Raises: ModelError if the adapter was made for another base or does not fit it whole.
         """
@@ -178,6 +180,11 @@ def add_lora(base: Base, *, rank: int, alpha: int, seed: int) -> list[tuple[str,
         except ValueError as error:
             raise ModelError(f"the adapter cannot be attached to {base.name}: {error}") from error
     return [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
+
+
+def is_exact(base: Base) -> bool:
+    """Say whether a base keeps all its weights in fp32, so that merging rounds nothing off."""
+    return {p.dtype for p in base.denoiser().parameters()} == {torch.float32}
 
 
 def snapshot(base: Base, provenance: Provenance) -> Adapter:

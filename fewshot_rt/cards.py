@@ -90,24 +90,31 @@ def read_cards() -> tuple[Card, ...]:
 
 
 def find_card(name: str) -> Card | None:
-    """Find the card of a base by a name on the Hub, in any case; None if there is none."""
-    wanted = name.lower()
+    """Find the card of a base by a name on the Hub, in any case; None if there is none.
+
+    A revision behind an @ does not count.
+    """
+    wanted = name.partition("@")[0].lower()
     for card in read_cards():
         if wanted in [known.lower() for known in (card.name, *card.also)]:
             return card
     return None
 
 
-def open_empty(card: Card, *, layers: int | None = None, weights: str = "fp32") -> "Base":
+def open_empty(
+    card: Card, *, layers: int | None = None, weights: str = "fp32", coder: str | None = None
+) -> "Base":
     """Make a base of a card's sizes with no weights: on the meta device, or of fake tensors.
 
     The caller chooses by opening it under `torch.device("meta")` or a `FakeTensorMode`. Of two
     experts, which are alike, there is one. layers: fewer blocks than the card has. weights: "fp32"
-    or "bf16", of the transformer, and of the autoencoder where the family's follows.
+    or "bf16", of the transformer; coder: of the autoencoder where the family's may be in bf16, the
+    same as the transformer's unless given.
     """
     changes = {} if layers is None else {"num_layers": layers}
     with _weights(weights):
         transformer = _empty(card.transformer, changes)
+    with _weights(coder or weights):
         autoencoder = None if card.family in FP32_CODERS else _empty(card.vae, {})
     base: Base = _FAMILIES[card.family](card, transformer, autoencoder)
     return base

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 INDEX_FILE = "model_index.json"
-# What a pipeline in diffusers' layout consists of; repositories may hold more.
-PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt")
+# What a pipeline in diffusers' layout consists of; many repositories hold all in one file, too.
+PATTERNS = ("*.json", "*/*.safetensors", "*.model", "*.txt")
 
 
 def find_snapshot(name: str) -> Path:
@@ -80,7 +80,7 @@ def read_network(network: "type[nn.Module]", folder: Path, *, device: str, weigh
     """
     import torch
 
-    from .device import weight_type
+    from .device import enough_memory, weight_type
     from .quantise import KINDS, quantise
 
     types = {"auto": weight_type(device), "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -91,7 +91,8 @@ def read_network(network: "type[nn.Module]", folder: Path, *, device: str, weigh
     found = read.from_pretrained(folder, torch_dtype=types[weights])
     if weights in KINDS:
         quantise(found, weights)
-        found.to(device)  # rounds the weights
+        with enough_memory():
+            found.to(device)  # rounds the weights
     return found
 
 
@@ -103,11 +104,14 @@ def digest_file(path: Path) -> str:
 def digest_folder(folder: Path) -> str:
     """Give 12 hexadecimal digits over what a model is: its configurations and its weights' headers.
 
-    Weights are known by the first bytes and the size of each file: reading all of them would take
-    minutes.
+    These are the index and the folders that it names; others may lie beside them. Weights are known
+    by the first bytes and the size of each file: reading all of them would take minutes.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    parts = [name for name, value in index.items() if isinstance(value, list)]
+    files = [path for part in parts for path in (folder / part).rglob("*")]
+    for path in sorted([folder / INDEX_FILE, *files]):
         is_weights = path.suffix == ".safetensors"
         if path.is_file() and (is_weights or path.suffix == ".json"):
             with path.open("rb") as file:

@@ -56,6 +56,7 @@ def encode_task(
         variants = 1
     key = {
         "base": [base.name, base.revision],
+        "device": base.device.type,  # on which the autoencoder may compute in bf16
         "task": task.digest(),
         "pairs": [pair.name for pair in task.pairs],
         "size": size,

@@ -22,6 +22,7 @@ from .costs import (
     open_on_meta,
     predict,
 )
+from .quantise import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,7 +45,8 @@ class Memory:
     denoiser: of both experts, where there are two. encoders: the autoencoder and the image encoder,
     which are there only while they work; the text encoder is let go before. adapter: LoRA weights,
     gradients, two moments and the average. activations: of one prediction, or of one update.
-    coding: of encoding or decoding one video. Workspaces of kernels are left out.
+    coding: of encoding or decoding one video. text: of embedding the prompt, before all else.
+    Workspaces of kernels are left out.
     """
 
     denoiser: int
@@ -52,11 +54,13 @@ class Memory:
     adapter: int
     activations: int
     coding: int
+    text: int
 
     @property
     def total(self) -> int:
         """The most that is there at once: panels are decoded between updates."""
-        return self.denoiser + self.adapter + max(self.activations, self.encoders + self.coding)
+        working = max(self.activations, self.encoders + self.coding)
+        return max(self.text, self.denoiser + self.adapter + working)
 
 
 def measure_memory(
@@ -71,7 +75,9 @@ def measure_memory(
     Raises: ModelError if the base does not take such a video.
     """
     kept = card.weights if weights == "auto" or card.name == BOX else weights
-    empty = partial(open_empty, card, weights="fp32" if kept == "fp32" else "bf16")
+    empty = partial(
+        open_empty, card, weights="fp32" if kept == "fp32" else "bf16", coder=card.weights
+    )
     one = replace(video, batch=1)
     whole = open_on_meta(card)
     count = card.experts * _count(whole.denoiser())
@@ -81,6 +87,7 @@ def measure_memory(
         adapter=0,
         activations=_pass_peak(empty, one),
         coding=_coding_peak(empty, one),
+        text=0,  # a run keeps its prompt
     )
     few, more = (
         _update_peak(partial(empty, layers=layers), video, rank, checkpointing)
@@ -91,8 +98,16 @@ def measure_memory(
         denoiser=round(WEIGHT_BYTES[kept] * count),
         adapter=ADAPTER_BYTES * count_adapter(card, rank=rank),
         activations=few + (card.layers - FEW) * (more - few),
+        text=_text_bytes(card),
     )
+    if kept in KINDS:  # these are on the GPU from the beginning
+        training = replace(training, text=training.text + training.denoiser)
     return {"train": training, "predict": predicting}
+
+
+def _text_bytes(card: Card) -> int:
+    """Give the weights of the text encoder, in bf16."""
+    return 2 * int(card.text_encoder["parameters"]) if card.text_encoder else 0
 
 
 def _encoder_bytes(empty: "Empty") -> int:

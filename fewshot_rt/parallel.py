@@ -57,10 +57,17 @@ def agree(value: float) -> float:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes; alone, leave all as it is."""
+    """Replace every gradient by its mean over the processes; alone, leave all as it is.
+
+    Where one process has none, as of an expert that its batch did not need, it counts as zero.
+    """
     if not _is_joined():
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
     flat /= distributed.get_world_size()

@@ -19,7 +19,6 @@ from .versions import versions
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
     from torch import Tensor
 
     from .adapter import Adapter
@@ -99,36 +98,55 @@ def read_run(folder: Path) -> dict[str, Any]:
     return values
 
 
-def open_merged(folder: Path, *, device: str = "cpu") -> "tuple[Base, Adapter, dict[str, Any]]":
-    """Open a run's base with its adapter merged; give the adapter and the run's settings too.
+def open_merged(folder: Path) -> "tuple[Base, Adapter, dict[str, Any]]":
+    """Open a run's base in fp32, on the CPU, with its adapter merged, for what is built of it.
 
-    "prompt" in the settings is the task's, embedded. A base whose weights were quantised for
-    training is opened as it is: an update merged into few bits would be lost in their rounding.
-
+    The adapter is given and the run's settings too; "prompt" in them is the task's, embedded.
     Raises: ModelError if the run, its adapter or its base is missing, damaged or does not fit.
     """
+    base, adapter, values = _open(folder, device="cpu", weights="fp32")
+    adapter.merge(base)
+    return base, adapter, values
+
+
+def open_run(folder: Path, *, device: str = "cpu", weights: str | None = None) -> Predictor:
+    """Open a run as a predictor that runs in plain PyTorch.
+
+    weights: how the base is kept, see `open_base`; by default as for training, but few bits, which
+    only training needs. Where it is not in fp32, the adapter stays beside it: merged, much of a
+    small update would be lost in rounding.
+    Raises: ModelError if the run, its adapter or its base is missing, damaged or does not fit, or
+    memory does not suffice.
+    """
+    from .adapter import is_exact
+    from .device import enough_memory
+
+    with enough_memory():
+        base, adapter, values = _open(folder, device=device, weights=weights)
+        if is_exact(base):
+            adapter.merge(base)
+        else:
+            adapter.attach(base)
+        return base_predictor(base, values["recipe"], values["prompt"], origin=str(folder))
+
+
+def _open(
+    folder: Path, *, device: str, weights: str | None
+) -> "tuple[Base, Adapter, dict[str, Any]]":
+    """Open a run's base, its adapter and its settings."""
     from .adapter import Adapter
     from .bases import open_base
 
     values = read_run(folder)
     adapter = Adapter.load(folder)
-    kept = values["train"]["weights"]
-    weights = kept if kept in ("fp32", "bf16") else "auto"
-    base = open_base(
-        values["train"]["base"], device=device, weights=weights, vae=values["train"].get("vae")
-    )
-    adapter.merge(base)
-    values["prompt"] = _read_prompt(folder, base.device)
+    trained = values["train"]
+    # Runs of the first days do not say how.
+    kept = trained.get("weights", "auto")
+    if weights is None:
+        weights = kept if kept in ("fp32", "bf16") else "auto"
+    base = open_base(trained["base"], device=device, weights=weights, vae=trained.get("vae"))
+    values["prompt"] = _read_prompt(folder, base, values["task"]["prompt"])
     return base, adapter, values
-
-
-def open_run(folder: Path, *, device: str = "cpu") -> Predictor:
-    """Open a run as a predictor that runs in plain PyTorch.
-
-    Raises: ModelError if the run, its adapter or its base is missing, damaged or does not fit.
-    """
-    base, _, values = open_merged(folder, device=device)
-    return base_predictor(base, values["recipe"], values["prompt"], origin=str(folder))
 
 
 def base_predictor(
@@ -152,14 +170,17 @@ def base_predictor(
     )
 
 
-def _read_prompt(folder: Path, device: "torch.device") -> "dict[str, Tensor]":
+def _read_prompt(folder: Path, base: "Base", prompt: str) -> "dict[str, Tensor]":
+    if not (folder / PROMPT_FILE).exists():
+        return base.embed(prompt)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(folder / PROMPT_FILE, device=str(device))
+        embedded = load_file(folder / PROMPT_FILE)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the run {folder} is damaged: {error}. Train it again.") from error
+    return {name: value.to(base.device) for name, value in embedded.items()}
 
 
 def mark_latest(folder: Path) -> None:

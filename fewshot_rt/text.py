@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .device import weight_type
+from .device import enough_memory, weight_type
 from .errors import ModelError
 
 
@@ -29,7 +29,7 @@ def encode_text(
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         encoder = AutoModelForTextEncoding.from_pretrained(
             folder / "text_encoder", dtype=weight_type(device)
-        ).to(device)
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"the text encoder in {folder} cannot be read ({error}). Download all of its files "
@@ -39,6 +39,8 @@ def encode_text(
         prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).to(device)
     mask = tokens.attention_mask
-    with torch.no_grad():
-        embedded = encoder(tokens.input_ids, attention_mask=mask if is_masked else None)[0]
+    with enough_memory(), torch.no_grad():
+        embedded = encoder.to(device)(tokens.input_ids, attention_mask=mask if is_masked else None)[
+            0
+        ]
     return embedded.float().cpu(), mask.float().cpu()

@@ -18,7 +18,7 @@ from torch.nn import functional
 from .adapter import Provenance, add_lora
 from .augment import Augmentation
 from .base import Base
-from .device import arithmetic, enough_memory
+from .device import arithmetic
 from .latents import embed_prompt, encode_task
 from .optimise import Optimiser, Pace
 from .parallel import agree, own_rank
@@ -62,7 +62,7 @@ def train(
     Goes on from the state, if there is one; saves it every so often, at the end, and when the loop
     is left early (Ctrl-C). Step 0 is yielded before the first update. Under torchrun every process
     draws batches of its own, and all step as one.
-    Raises: ModelError if the gradient stops being a number, or memory does not suffice.
+    Raises: ModelError if the gradient stops being a number.
     """
     loop = _Loop(base, task, config, cache, trainable)
     loop.resume((begun or folder) / STATE_FILE)
@@ -131,8 +131,7 @@ class _Loop:
     ) -> None:
         self.base, self.config = base, config
         self.prompt = embed_prompt(base, task.prompt, cache=cache)
-        encoded = encode_pairs(base, task, config, cache=cache)
-        self.encoded = {name: value.to(base.device) for name, value in encoded.items()}
+        self.encoded = encode_pairs(base, task, config, cache=cache)
         base.rest()
         self.suited = suited = config.suited(base.suited)
         adapter = partial(add_lora, rank=suited.rank, alpha=suited.alpha, seed=config.seed)
@@ -168,10 +167,9 @@ class _Loop:
     def update(self) -> TrainStep:
         """Draw a batch and go one step down its loss."""
         started = time.monotonic()
-        with enough_memory():
-            with arithmetic(self.base.device, self.config.precision):
-                loss = self._loss(self._draw())
-            norm = self.optimiser.step(loss, progress=self.progress())
+        with arithmetic(self.base.device, self.config.precision):
+            loss = self._loss(self._draw())
+        norm = self.optimiser.step(loss, progress=self.progress())
         self.seconds += time.monotonic() - started
         value = float(loss.detach())
         return TrainStep(self.step_count, value, self.progress(), self.seconds_left(), norm)
@@ -180,7 +178,7 @@ class _Loop:
         """Draw a batch in which pairs come equally often, each in any variant."""
         count = len(self.encoded["clean"])
         index = torch.randint(count, (self.suited.batch,), generator=self.generator)
-        return {name: value[index.to(value.device)] for name, value in self.encoded.items()}
+        return {name: v[index].to(self.base.device) for name, v in self.encoded.items()}
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         clean = batch.pop("clean")

@@ -27,7 +27,7 @@ class Suited:
 class TrainConfig:
     """Settings of `fewshot-rt train`."""
 
-    base: str = option("pocket", "base model: a name, or a folder that `pretrain` wrote")
+    base: str = option("pocket", "base model: see `fewshot-rt bases`, or a folder")
     size: str | None = option(
         None, "what the model sees: WIDTHxHEIGHT, or one side  [default: the base's own]"
     )

@@ -32,7 +32,7 @@ class Fake:
         self.latents = video[:, :, [0, -1]]
         return self.latents
 
-    def condition(self, image: Tensor) -> dict[str, Tensor]:
+    def condition(self, image: Tensor, *, frames: int) -> dict[str, Tensor]:
         return {"first": image[:, :, None]}
 
     def decode_last(self, latents: Tensor) -> Tensor:

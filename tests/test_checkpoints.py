@@ -77,11 +77,15 @@ def test_the_pipeline_is_read_from_the_index(tmp_path: Path) -> None:
 
 def test_the_digest_follows_configurations_and_weights(tmp_path: Path) -> None:
     (tmp_path / "transformer").mkdir()
-    config, weights = tmp_path / "transformer" / "config.json", tmp_path / "w.safetensors"
+    part = tmp_path / "transformer"
+    config, weights = part / "config.json", part / "w.safetensors"
     config.write_text("{}")
+    index = {"_class_name": "SomePipeline", "transformer": ["diffusers", "Some"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
     weights.write_bytes(b"1234")
     first = digest_folder(tmp_path)
-    (tmp_path / "README.md").write_text("words")
+    for other in ("README.md", "all-in-one.safetensors", "other.json"):
+        (tmp_path / other).write_text("words")
     assert digest_folder(tmp_path) == first
     seen = {first}
     for path, content in ((config, b"{ }"), (weights, b"12345"), (weights, b"12346")):

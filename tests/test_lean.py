@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewshot_rt.errors import ModelError
 from fewshot_rt.fit import fit
-from fewshot_rt.runs import open_merged
+from fewshot_rt.runs import _open, open_merged
 from fewshot_rt.train import OBJECTIVE_LOSSES
 from fewshot_rt.train_config import TrainConfig
 
@@ -65,5 +65,10 @@ def test_adapters_are_trained_on_weights_of_few_bits(
     assert {value.dtype for value in learned.values()} == {torch.float32}
     assert all(value.abs().max() > 0 for value in learned.values())
     # Answers come from the base as it is, or in bf16 if that was asked for.
-    kinds = {p.dtype for p in open_merged(tmp_path / "runs" / "one")[0].denoiser().parameters()}
+    run = tmp_path / "runs" / "one"
+    base, *_ = _open(run, device="cpu", weights=None)
+    kinds = {p.dtype for p in base.denoiser().parameters()}
     assert kinds == {torch.bfloat16 if weights == "bf16" else torch.float32}
+    # What is built of a run is in fp32.
+    merged, *_ = open_merged(run)
+    assert {p.dtype for p in merged.denoiser().parameters()} == {torch.float32}

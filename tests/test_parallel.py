@@ -25,11 +25,18 @@ layer = nn.Linear(3, 1, bias=False)
 nn.init.ones_(layer.weight)
 data = torch.arange(12.0).view(4, 3)
 own = data[rank * 2 : rank * 2 + 2] if count > 1 else data
-optimiser = Optimiser(layer.named_parameters(), pace=Pace(rate=0.1, warmup=0))
-norm = optimiser.step(layer(own).square().mean())
+spare = nn.Linear(1, 1)  # as an expert that not every batch needs
+for parameter in spare.parameters():
+    nn.init.ones_(parameter)
+named = [*layer.named_parameters(), *spare.named_parameters(prefix="spare")]
+optimiser = Optimiser(named, pace=Pace(rate=0.1, warmup=0))
+loss = layer(own).square().mean()
+if rank == 0:
+    loss = loss + spare(data[:2, 1:2]).mean() / (1 if count > 1 else 2)
+norm = optimiser.step(loss)
 told = agree(float(rank + 5))
 Path(sys.argv[1], f"{rank}.json").write_text(
-    json.dumps([count, told, norm, layer.weight.flatten().tolist()])
+    json.dumps([count, told, norm, [v for _, p in named for v in p.flatten().tolist()]])
 )
 leave()
 tasks = Path("/proc/self/task")

@@ -43,7 +43,7 @@ def _open(name: str, **chosen: str) -> "Base":
         folder = find_snapshot(name)
         opened: Base = load_module(__name__, _family(folder)).open_base(str(folder), **chosen)
         opened.name = name
-        card = find_card(name.partition("@")[0])
+        card = find_card(name)
         if card is not None:  # the folders of some models do not tell
             opened.geometry = replace(opened.geometry, native=card.native)
         return opened

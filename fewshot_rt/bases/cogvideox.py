@@ -88,7 +88,8 @@ class CogVideoXDenoiser(nn.Module):
         if config.patch_size_t is not None:
             pairs = -(-frames // config.patch_size_t)
             options = {"temporal_size": pairs, "crops_coords": None, "grid_type": "slice"}
-            options["max_size"] = base
+            # How far the table of angles goes: larger pictures than in pretraining need more.
+            options["max_size"] = tuple(max(pair) for pair in zip(base, grid, strict=True))
         cos, sin = get_3d_rotary_pos_embed(
             config.attention_head_dim, grid_size=grid, device=noisy.device, **options
         )
