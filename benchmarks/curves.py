@@ -6,7 +6,7 @@ below -1 counts as -1.
 Source: Murphy 1988 (skill scores).
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,10 +204,12 @@ def _filled(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _protocol(records: Sequence[Record]) -> str:
     first = records[0].settings
-    seeds = len({record.settings["seed"] for record in records})
+    cells = Counter((record.case, record.settings["shots"]) for record in records)
+    least, most = min(cells.values()), max(cells.values())
+    seeds = f"{least}" if least == most else f"{least} to {most}"
     return (
         f"{first['size']}x{first['size']} pixels, {first['test']} test images each, "
-        f"{seeds} seed{'s' * (seeds > 1)}, {first['steps']} steps; base {first['base']} "
+        f"{seeds} seed{'s' * (most > 1)}, {first['steps']} steps; base {first['base']} "
         f"{first['revision']}, commit {records[0].commit or 'unknown'}."
     )
 

@@ -81,15 +81,16 @@ def read_network(network: "type[nn.Module]", folder: Path, *, device: str, weigh
     import torch
 
     from .device import enough_memory, weight_type
-    from .quantise import KINDS, quantise
+    from .quantise import quantise
+    from .train_config import FEW_BITS
 
     types = {"auto": weight_type(device), "fp32": torch.float32, "bf16": torch.bfloat16}
-    types |= {kind: weight_type(device) for kind in KINDS}
+    types |= {kind: weight_type(device) for kind in FEW_BITS}
     if weights not in types:
         raise ConfigError(unknown("kind of weights", weights, types))
     read: Any = network
     found = read.from_pretrained(folder, torch_dtype=types[weights])
-    if weights in KINDS:
+    if weights in FEW_BITS:
         quantise(found, weights)
         with enough_memory():
             found.to(device)  # rounds the weights

@@ -22,7 +22,7 @@ from .costs import (
     open_on_meta,
     predict,
 )
-from .quantise import KINDS
+from .train_config import FEW_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,7 +100,7 @@ def measure_memory(
         activations=few + (card.layers - FEW) * (more - few),
         text=_text_bytes(card),
     )
-    if kept in KINDS:  # these are on the GPU from the beginning
+    if kept in FEW_BITS:  # these are on the GPU from the beginning
         training = replace(training, text=training.text + training.denoiser)
     return {"train": training, "predict": predicting}
 

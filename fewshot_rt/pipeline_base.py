@@ -148,7 +148,7 @@ def _one_by_one(code: Callable[[Tensor], Tensor], videos: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or len(videos) == 1:
         return code(videos)
-    return torch.cat([code(video) for video in videos.split(1)])
+    return torch.cat([code(video) for video in torch.split(videos, 1)])
 
 
 def _is_on(module: nn.Module, device: str) -> bool:

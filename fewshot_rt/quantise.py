@@ -1,13 +1,10 @@
 """Frozen weights in 8 or 4 bits, with bitsandbytes: for training on small GPUs."""
 
-import logging
 from typing import Any
 
 from torch import nn
 
 from .errors import ModelError
-
-KINDS = ("int8", "nf4")
 
 
 def quantise(module: nn.Module, kind: str) -> None:
@@ -23,8 +20,6 @@ def quantise(module: nn.Module, kind: str) -> None:
         raise ModelError(
             f"weights of kind {kind} need bitsandbytes: pip install 'fewshot-rt[quantised]'."
         ) from error
-    # It says at every step that activations are cast to what int8 layers take.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear) and _is_repeated(module, name):
             parent, _, child = name.rpartition(".")

@@ -7,7 +7,8 @@ from .errors import ConfigError
 
 OBJECTIVES = ("onestep", "diffusion")
 PRECISIONS = ("auto", "fp32", "bf16")
-WEIGHTS = ("auto", "fp32", "bf16", "int8", "nf4")
+FEW_BITS = ("int8", "nf4")  # kinds of weights
+WEIGHTS = ("auto", "fp32", "bf16", *FEW_BITS)
 SUITED = "  [default: what suits the base]"
 
 
