@@ -97,8 +97,14 @@ def attentions_in(card: Card) -> int:
     return card.layers * (ATTENTIONS[card.family] + (card.image_encoder is not None))
 
 
+# One of each transformer; of two experts, see below.
+DISTINCT = {
+    repr(sorted(card.transformer.items())): card for card in CARDS if card.experts == 1
+}.values()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+@pytest.mark.parametrize("card", DISTINCT, ids=lambda card: card.name)
 def test_the_denoiser_is_captured_at_full_size_and_depth(card: Card) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         check_capture(open_empty(card), card, attentions=attentions_in(card))
