@@ -308,3 +308,17 @@ def test_metrics_lines_are_json(pairs, config, tmp_path):
     lines = [json.loads(x) for x in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in lines)
+
+
+def test_runs_of_the_first_days_still_answer(pairs, config, tmp_path):
+    """They do not say how weights are kept, and hold no prompt."""
+    run = tmp_path / "runs" / "one"
+    list(fit(pairs, run, config))
+    image = np.zeros((1, 3, 32, 32), np.float32)
+    expected = open_run(run).answer(image)
+    values = json.loads((run / "config.json").read_text())
+    for name in ("weights", "checkpointing", "size", "vae"):
+        del values["train"][name]
+    (run / "config.json").write_text(json.dumps(values))
+    (run / "prompt.safetensors").unlink()
+    np.testing.assert_array_equal(open_run(run).answer(image), expected)
