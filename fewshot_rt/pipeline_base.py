@@ -8,7 +8,7 @@ Axes: B batch, C F h w latents, T H W pixels, L tokens, D width.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,11 @@ class PipelineBase(Generic[D]):
     def networks(self) -> dict[str, nn.Module]:
         """Give the networks besides the denoiser by name, on the device."""
         return {name: self._bring(module) for name, module in self._others.items()}
+
+    @property
+    def autoencoder(self) -> Any:
+        """The autoencoder, on the device."""
+        return self.networks()["autoencoder"]
 
     def rest(self) -> None:
         """Let the networks besides the denoiser wait on the CPU until they are used again."""

@@ -149,6 +149,31 @@ def write_noise_pairs() -> Callable[..., None]:
     return write
 
 
+@pytest.fixture(scope="session")
+def freeze() -> Callable[[Path, Path], Any]:
+    """A function that exports a run for ONNX Runtime and opens the bundle."""
+
+    def export(run: Path, folder: Path) -> Any:
+        from fewshot_rt.export.build import export_bundle
+        from fewshot_rt.export.bundle import open_bundle
+        from fewshot_rt.runs import open_merged
+
+        merged, _, values = open_merged(run)
+        *_, written = export_bundle(
+            merged,
+            recipe=values["recipe"],
+            prompt=values["prompt"],
+            engine="onnx",
+            precision="fp32",
+            folder=folder,
+            origin={},
+        )
+        assert written.stage == "write"
+        return open_bundle(folder)
+
+    return export
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, workshop: Path) -> Any:
     """Type commands in a folder with a base and pairs; give status, stdout and stderr."""

@@ -14,10 +14,8 @@ from fewshot_rt.adapter import add_lora
 from fewshot_rt.bases import open_base
 from fewshot_rt.bases.ltx import PIPELINES, LTXBase
 from fewshot_rt.errors import ModelError
-from fewshot_rt.export.build import export_bundle
-from fewshot_rt.export.bundle import open_bundle
 from fewshot_rt.fit import fit
-from fewshot_rt.runs import open_merged, open_run
+from fewshot_rt.runs import open_run
 from fewshot_rt.sample import sample
 from fewshot_rt.train import diffusion_loss
 from fewshot_rt.train_config import TrainConfig
@@ -235,6 +233,7 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     write_noise_pairs: Any,
+    freeze: Any,
 ) -> None:
     """From pairs to a run, to a bundle, and to the official pipeline with `load_lora_weights`."""
     import diffusers
@@ -256,21 +255,8 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     predictor = open_run(run)
     image = image_of((32, 64))
     answer = torch.from_numpy(predictor.answer(image.numpy()))
-    merged, _, values = open_merged(run)
-    bundle = tmp_path / "bundle"
-    *_, written = export_bundle(
-        merged,
-        recipe=values["recipe"],
-        prompt=values["prompt"],
-        engine="onnx",
-        precision="fp32",
-        folder=bundle,
-        origin={},
-    )
-    assert written.stage == "write"
-    torch.testing.assert_close(
-        torch.from_numpy(open_bundle(bundle).answer(image.numpy())), answer, rtol=1e-3, atol=1e-3
-    )
+    frozen = freeze(run, tmp_path / "bundle").answer(image.numpy())
+    torch.testing.assert_close(torch.from_numpy(frozen), answer, rtol=1e-3, atol=1e-3)
 
     begin_with(monkeypatch, torch.from_numpy(predictor._noise[:1]))
     official = getattr(diffusers, VERSIONS[version]["pipeline"]).from_pretrained(folder)

@@ -30,8 +30,6 @@ from tiny.taehv import (
 
 from fewshot_rt.bases import open_base
 from fewshot_rt.errors import ModelError
-from fewshot_rt.export.build import export_bundle
-from fewshot_rt.export.bundle import open_bundle
 from fewshot_rt.fit import fit
 from fewshot_rt.runs import open_merged, open_run
 from fewshot_rt.taehv import Taehv, TinyFile, read_taehv
@@ -283,19 +281,8 @@ def test_a_run_keeps_its_tiny_autoencoder(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_its_bundle_needs_no_pytorch(run: Path, tmp_path: Path) -> None:
+def test_its_bundle_needs_no_pytorch(run: Path, tmp_path: Path, freeze: Any) -> None:
     """Against the run itself, in PyTorch."""
     image = draw(1, 3, 32, 32).clamp(-1, 1).numpy().astype(np.float32)
-    merged, _, values = open_merged(run)
-    *_, written = export_bundle(
-        merged,
-        recipe=values["recipe"],
-        prompt=values["prompt"],
-        engine="onnx",
-        precision="fp32",
-        folder=tmp_path / "bundle",
-        origin={},
-    )
-    assert written.stage == "write"
-    answer = open_bundle(tmp_path / "bundle").answer(image)
+    answer = freeze(run, tmp_path / "bundle").answer(image)
     np.testing.assert_allclose(answer, open_run(run).answer(image), rtol=1e-3, atol=1e-3)

@@ -13,10 +13,8 @@ from fewshot_rt.adapter import EXPERT_FILES, add_lora
 from fewshot_rt.bases import open_base
 from fewshot_rt.bases.wan import WanBase
 from fewshot_rt.errors import ModelError
-from fewshot_rt.export.build import export_bundle
-from fewshot_rt.export.bundle import open_bundle
 from fewshot_rt.fit import fit
-from fewshot_rt.runs import open_merged, open_run
+from fewshot_rt.runs import open_run
 from fewshot_rt.sample import sample
 from fewshot_rt.train import diffusion_loss
 from fewshot_rt.train_config import TrainConfig
@@ -259,7 +257,7 @@ def test_an_adapter_of_no_steps_changes_no_bit(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_trained_adapter_gives_the_same_video_in_diffusers(
-    folder: Path, tmp_path: Path, write_noise_pairs: Any
+    folder: Path, tmp_path: Path, write_noise_pairs: Any, freeze: Any
 ) -> None:
     """From pairs to a run, to a bundle, and to the official pipeline with `load_lora_weights`."""
     run = tmp_path / "runs" / "one"
@@ -303,22 +301,6 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     assert relative((answer / 2 + 0.5).clamp(0, 1), video) < tolerance
     official.unload_lora_weights()
     assert relative(official(**call).frames[:, -1], video) > 5e-3
-
-
-def freeze(run: Path, folder: Path) -> Any:
-    """Export a run for ONNX Runtime and open the bundle."""
-    merged, _, values = open_merged(run)
-    *_, written = export_bundle(
-        merged,
-        recipe=values["recipe"],
-        prompt=values["prompt"],
-        engine="onnx",
-        precision="fp32",
-        folder=folder,
-        origin={},
-    )
-    assert written.stage == "write"
-    return open_bundle(folder)
 
 
 def test_a_pipeline_for_text_alone_is_refused(tmp_path: Path, make_text_encoder: Any) -> None:

@@ -142,11 +142,6 @@ class CogVideoXBase(PipelineBase[CogVideoXDenoiser]):
             device=device,
         )
 
-    @property
-    def autoencoder(self) -> Any:
-        """The autoencoder, on the device."""
-        return self.networks()["autoencoder"]
-
     def _encode(self, video: Tensor) -> Tensor:
         latents = self._latents(video) * self.autoencoder.config.scaling_factor
         missing = -latents.shape[2] % self.geometry.merged_frames

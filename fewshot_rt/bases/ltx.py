@@ -147,11 +147,6 @@ class LTXBase(PipelineBase[LTXDenoiser]):
             device=device,
         )
 
-    @property
-    def autoencoder(self) -> Any:
-        """The autoencoder, on the device."""
-        return self.networks()["autoencoder"]
-
     def _encode(self, video: Tensor) -> Tensor:
         mean, std = self._moments()
         latents: Tensor = self.autoencoder.encode(self._typed(video)).latent_dist.mode()

@@ -223,11 +223,6 @@ class WanBase(PipelineBase[WanDenoiser]):
         )
 
     @property
-    def autoencoder(self) -> Any:
-        """The autoencoder, on the device."""
-        return self.networks()["autoencoder"]
-
-    @property
     def image_encoder(self) -> Any:
         """CLIP, on the device; None where there is none."""
         return self.networks().get("image_encoder")
