@@ -88,8 +88,8 @@ def make_mean_table(records: Sequence[Record]) -> str:
         [method, *(_mean_skill(skills, method, tasks[shots], shots) for shots in counts)]
         for method in _methods(records)
     ]
-    found = ", ".join(f"{len(tasks[shots])} with {shots} pairs" for shots in counts)
-    headings = ["mean skill", *(f"{n} pairs" for n in counts)]
+    found = ", ".join(f"{len(tasks[shots])} with {_pairs(shots)}" for shots in counts)
+    headings = ["mean skill", *(_pairs(n) for n in counts)]
     return f"{_filled(headings, rows)}\n\nTasks: {found}; {_protocol(records)}"
 
 
@@ -113,7 +113,7 @@ def make_group_table(records: Sequence[Record], *, shots: int) -> str:
         for method in _methods(records)
     ]
     headings = ["mean skill", *(f"{group} ({len(tasks)})" for group, tasks in groups.items())]
-    return f"{_filled(headings, rows)}\n\n{shots} pairs; {_protocol(records)}"
+    return f"{_filled(headings, rows)}\n\n{_pairs(shots)}; {_protocol(records)}"
 
 
 def require_plots() -> None:
@@ -189,7 +189,7 @@ def _points(
 def _of_shots(records: Sequence[Record], shots: int) -> list[Record]:
     chosen = [record for record in records if record.settings["shots"] == shots]
     if not chosen:
-        raise ValueError(f"there is no record with {shots} pairs")
+        raise ValueError(f"there is no record with {_pairs(shots)}")
     return chosen
 
 
@@ -212,6 +212,10 @@ def _protocol(records: Sequence[Record]) -> str:
         f"{seeds} seed{'s' * (most > 1)}, {first['steps']} steps; base {first['base']} "
         f"{first['revision']}, commit {records[0].commit or 'unknown'}."
     )
+
+
+def _pairs(count: int) -> str:
+    return f"{count} pair{'s' * (count > 1)}"
 
 
 def _mean_skill(skills: Skills, method: str, tasks: Sequence[str], shots: int) -> str:
