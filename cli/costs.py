@@ -3,15 +3,24 @@
 from typing import TYPE_CHECKING, Any
 
 from fewshot_rt.cards import Card
-from fewshot_rt.costs import GB, TERA
+from fewshot_rt.costs import (
+    GB,
+    GPU,
+    GPUS,
+    TERA,
+    UTILISATION,
+    Video,
+    measure_pass,
+    open_on_meta,
+    this_gpu,
+)
+from fewshot_rt.memory import Memory, measure_memory
 from fewshot_rt.train_config import TrainConfig
 
 from .bases import describe, shorten
 from .progress import say, show_table
 
 if TYPE_CHECKING:
-    from fewshot_rt.costs import GPU
-    from fewshot_rt.memory import Memory
     from fewshot_rt.task import Task
 
 VERBS = ("train", "predict")
@@ -22,9 +31,6 @@ def show_costs(card: Card, task: "Task", settings: TrainConfig) -> dict[str, Any
 
     Raises: ModelError if the base does not take the size or the number of frames.
     """
-    from fewshot_rt.costs import GPUS, UTILISATION, Video, measure_pass, open_on_meta, this_gpu
-    from fewshot_rt.memory import measure_memory
-
     base = open_on_meta(card)
     suited = settings.suited(base.suited)
     size = settings.pixels(base.geometry.native)
@@ -59,12 +65,12 @@ def show_costs(card: Card, task: "Task", settings: TrainConfig) -> dict[str, Any
     return costs
 
 
-def _in_gb(memory: "Memory") -> dict[str, float]:
+def _in_gb(memory: Memory) -> dict[str, float]:
     sizes = {**vars(memory), "total": memory.total}
     return {name: size / GB for name, size in sizes.items()}
 
 
-def _judge(gpu: "GPU", update: int, memory: "dict[str, Memory]") -> dict[str, Any]:
+def _judge(gpu: GPU, update: int, memory: dict[str, Memory]) -> dict[str, Any]:
     figures = {**vars(gpu), "step_seconds": gpu.seconds(update)}
     verdicts = {verb: gpu.holds(memory[verb].total) for verb in VERBS}
     return {k: None if v != v else v for k, v in figures.items()} | verdicts

@@ -114,8 +114,8 @@ def open_empty(
     changes = {} if layers is None else {"num_layers": layers}
     with _weights(weights):
         transformer = _empty(card.transformer, changes)
-    with _weights(coder or weights):
-        autoencoder = None if card.family in FP32_CODERS else _empty(card.vae, {})
+    with _weights("fp32" if card.family in FP32_CODERS else coder or weights):
+        autoencoder = None if card.name == BOX else _empty(card.vae, {})
     base: Base = _FAMILIES[card.family](card, transformer, autoencoder)
     return base
 
@@ -174,19 +174,19 @@ def _cogvideox(card: Card, transformer: Any, autoencoder: Any) -> Any:
         transformer=transformer,
         autoencoder=autoencoder,
         schedule=Schedule(kind="v"),
-        encode_text=lambda _: _prompt(card),
+        encode_prompt=lambda _: _prompt(card),
         name=card.name,
         revision="",
     )
 
 
-def _wan(card: Card, transformer: Any, _: Any) -> Any:
+def _wan(card: Card, transformer: Any, autoencoder: Any) -> Any:
     from .bases.wan import WanBase
     from .schedule import Schedule
 
     return WanBase(
         transformer=transformer,
-        autoencoder=_empty(card.vae, {}),
+        autoencoder=autoencoder,
         image_encoder=_empty_tower(card.image_encoder) if card.image_encoder else None,
         schedule=Schedule(kind="flow", shift=card.scheduler["flow_shift"]),
         is_first_clean=bool(card.pipeline.get("expand_timesteps")),
@@ -213,7 +213,7 @@ def _ltx(card: Card, transformer: Any, autoencoder: Any) -> Any:
         transformer=transformer,
         autoencoder=autoencoder,
         schedule=Schedule(kind="flow"),
-        encode_text=lambda _: _prompt(card),
+        encode_prompt=lambda _: _prompt(card),
         is_causal=not card.scheduler["use_dynamic_shifting"],
         name=card.name,
         revision="",
@@ -235,5 +235,5 @@ def _pocket(card: Card, transformer: Any, _: Any) -> Any:
 
 
 # Families whose autoencoder stays in fp32 on a GPU, too.
-FP32_CODERS = ("wan", "pocket")
+FP32_CODERS = ("wan",)
 _FAMILIES = {"cogvideox": _cogvideox, "wan": _wan, "ltx": _ltx, "pocket": _pocket}

@@ -88,6 +88,7 @@ def _fit(
     begun: Path | None = None,
 ) -> Iterator[TrainStep]:
     """Train as one process of `fit`. begun: the run to go on with, if not in the folder."""
+    begun = begun or folder
     task = Task.load(pairs)
     shots = len(task.split("train").pairs) if config.shots is None else config.shots
     chosen = task.shots(shots, config.seed)
@@ -103,8 +104,8 @@ def _fit(
     config = replace(config, **vars(config.suited(base.suited)))
     if overwrite:
         remove_run(folder, keep=pairs)
-    if ((begun or folder) / STATE_FILE).is_file():
-        require_same(begun or folder, chosen, config, revision=base.revision)
+    if (begun / STATE_FILE).is_file():
+        require_same(begun, chosen, config, revision=base.revision)
     recipe = make_recipe(base, task, config)
     cache = folder.parent / ".cache"
     # One large network after the other: text encoder, autoencoder, denoiser.

@@ -69,13 +69,13 @@ class PipelineBase(Generic[D]):
     @property
     def autoencoder(self) -> Any:
         """The autoencoder, on the device."""
-        return self.networks()["autoencoder"]
+        return self._bring(self._others["autoencoder"])
 
     def rest(self) -> None:
         """Let the networks besides the denoiser wait on the CPU until they are used again."""
         if self._device is not None:
             for module in self._others.values():
-                module.to("cpu")
+                _move(module, "cpu")
 
     def denoiser(self) -> D:
         """Give the module that predicts; the same at every call."""
@@ -141,9 +141,7 @@ class PipelineBase(Generic[D]):
         return latents
 
     def _bring(self, module: M) -> M:
-        if self._device is not None and not _is_on(module, self._device):
-            module.to(self._device)
-        return module
+        return module if self._device is None else _move(module, self._device)
 
 
 def _one_by_one(code: Callable[[Tensor], Tensor], videos: Tensor) -> Tensor:
@@ -156,6 +154,8 @@ def _one_by_one(code: Callable[[Tensor], Tensor], videos: Tensor) -> Tensor:
     return torch.cat([code(video) for video in torch.split(videos, 1)])
 
 
-def _is_on(module: nn.Module, device: str) -> bool:
-    """Say whether a module is on a device: while a graph is captured, nothing may be moved."""
-    return next(module.parameters()).device.type == torch.device(device).type
+def _move(module: M, device: str) -> M:
+    """Move a module unless it is there: while a graph is captured, nothing may be moved."""
+    if next(module.parameters()).device.type != torch.device(device).type:
+        module.to(device)
+    return module

@@ -145,7 +145,7 @@ class Task:
                 name=values["name"],
                 prompt=values["prompt"],
                 transition=_transition(values["transition"]),
-                states_transition=values["states_transition"],
+                states_transition=values.get("states_transition", True),
                 codec=Codec.from_dict(values["codec"]),
                 metrics=check_metrics(values["metrics"], values["codec"]["name"]),
                 pairs=pairs,

@@ -302,7 +302,7 @@ class TestCommands:
         verdict: str,
     ) -> None:
         peak = 989.0 if "H100" in name else float("nan")
-        monkeypatch.setattr("fewshot_rt.costs.this_gpu", lambda: GPU(name, peak, memory_gb))
+        monkeypatch.setattr("fewshot_rt.cli.costs.this_gpu", lambda: GPU(name, peak, memory_gb))
         status, out, err = typed("check", "pairs", "--base", "Lightricks/LTX-Video", "--json")
         assert status == 0, err
         assert verdict in err

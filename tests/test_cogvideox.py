@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import draw_image, relative
 from tiny.cogvideox import VERSIONS, write
 from torch import Tensor
 
@@ -48,14 +49,6 @@ def base(folder: Path) -> CogVideoXBase:
     return opened
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
-def image_of(size: tuple[int, int]) -> Tensor:
-    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("frames", [5, 9])
@@ -77,7 +70,7 @@ def test_the_sampler_gives_the_video_of_the_official_pipeline(
     height, width = size
     shape = base.geometry.latent_shape(frames=frames, height=height, width=width)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(2))
-    image = image_of(size)
+    image = draw_image(size)
     prompts = {
         name: base.embed(text)["prompt"] for name, text in (("with", "a mask"), ("without", ""))
     }
@@ -138,7 +131,7 @@ def test_the_loss_is_that_of_the_reference_trainer(base: CogVideoXBase, official
     clean, noise = (torch.randn(2, *shape, generator=generator) for _ in range(2))
     steps = torch.tensor([250, 731])
     first, prompt = (
-        base.condition(image_of((16, 16)).expand(2, -1, -1, -1), frames=4),
+        base.condition(draw_image((16, 16)).expand(2, -1, -1, -1), frames=4),
         base.embed(""),
     )
     time = (steps + 1) / 1000
@@ -193,7 +186,7 @@ def test_an_adapter_of_no_steps_changes_no_bit(folder: Path) -> None:
     base = open_base(str(folder))
     shape = base.geometry.latent_shape(frames=9, height=16, width=16)
     noisy = torch.randn(1, *shape, generator=torch.Generator().manual_seed(5))
-    inputs = base.condition(image_of((16, 16)), frames=4) | base.embed("a mask")
+    inputs = base.condition(draw_image((16, 16)), frames=4) | base.embed("a mask")
     before = base.denoiser()(noisy, torch.ones(1), **inputs)
     assert len(add_lora(base, rank=4, alpha=4, seed=0)) == 2 * 4 * 2  # layers, matrices, A and B
     assert torch.equal(base.denoiser()(noisy, torch.ones(1), **inputs), before)
@@ -226,7 +219,7 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     assert last.step == 4
 
     predictor = open_run(run)
-    image = image_of((32, 48))
+    image = draw_image((32, 48))
     answer = torch.from_numpy(predictor.answer(image.numpy()))
     frozen = freeze(run, tmp_path / "bundle").answer(image.numpy())
     torch.testing.assert_close(torch.from_numpy(frozen), answer, rtol=1e-3, atol=1e-3)

@@ -320,5 +320,8 @@ def test_runs_of_the_first_days_still_answer(pairs, config, tmp_path):
     for name in ("weights", "checkpointing", "size", "vae"):
         del values["train"][name]
     (run / "config.json").write_text(json.dumps(values))
+    task = json.loads((run / "task.json").read_text())
+    del task["states_transition"]
+    assert len(Task.from_dict(task).pairs) == len(task["pairs"])
     (run / "prompt.safetensors").unlink()
     np.testing.assert_array_equal(open_run(run).answer(image), expected)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import draw_image, relative
 from tiny.ltx import VERSIONS, write
 from torch import Tensor
 
@@ -55,14 +56,6 @@ def base(folder: Path) -> LTXBase:
     opened = open_base(str(folder))
     assert isinstance(opened, LTXBase)
     return opened
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
-def image_of(size: tuple[int, int]) -> Tensor:
-    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def begin_with(monkeypatch: pytest.MonkeyPatch, noise: Tensor) -> None:
@@ -114,7 +107,7 @@ def test_the_sampler_gives_the_video_of_the_official_pipeline(
         monkeypatch.setattr(official, "scheduler", whole)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(2))
     begin_with(monkeypatch, noise)
-    image = image_of(size)
+    image = draw_image(size)
     # T5's own tokenizer gives no prompt without a token: it ends all with a mark.
     named, other = base.embed("a mask"), base.embed("mask")
     expected = official(
@@ -218,7 +211,7 @@ def test_an_adapter_of_no_steps_changes_no_bit(folder: Path) -> None:
     base = open_base(str(folder))
     shape = base.geometry.latent_shape(frames=9, height=32, width=32)
     noisy = torch.randn(1, *shape, generator=torch.Generator().manual_seed(7))
-    inputs = base.condition(image_of((32, 32)), frames=2) | base.embed("a mask")
+    inputs = base.condition(draw_image((32, 32)), frames=2) | base.embed("a mask")
     before = base.denoiser()(noisy, torch.ones(1), **inputs)
     # Blocks, layers in each, A and B.
     assert len(add_lora(base, rank=4, alpha=4, seed=0)) == 2 * 10 * 2
@@ -253,7 +246,7 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
     assert last.step == 4
 
     predictor = open_run(run)
-    image = image_of((32, 64))
+    image = draw_image((32, 64))
     answer = torch.from_numpy(predictor.answer(image.numpy()))
     frozen = freeze(run, tmp_path / "bundle").answer(image.numpy())
     torch.testing.assert_close(torch.from_numpy(frozen), answer, rtol=1e-3, atol=1e-3)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import relative
 from tiny.wan import AUTOENCODER, VERSIONS, write
 from torch import Tensor
 
@@ -59,10 +60,6 @@ def base(folder: Path) -> WanBase:
     opened = open_base(str(folder))
     assert isinstance(opened, WanBase)
     return opened
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def image_of(size: tuple[int, int]) -> Tensor:

@@ -113,7 +113,7 @@ class CogVideoXBase(PipelineBase[CogVideoXDenoiser]):
         transformer: CogVideoXTransformer3DModel,
         autoencoder: AutoencoderKLCogVideoX,
         schedule: Schedule,
-        encode_text: Callable[[str], Tensor],
+        encode_prompt: Callable[[str], Tensor],
         name: str,
         revision: str,
         device: str | None = None,
@@ -135,7 +135,7 @@ class CogVideoXBase(PipelineBase[CogVideoXDenoiser]):
         super().__init__(
             denoiser=CogVideoXDenoiser(transformer, steps=len(schedule.signal_power)),
             others={"autoencoder": autoencoder},
-            encode_prompt=encode_text,
+            encode_prompt=encode_prompt,
             schedule=schedule,
             name=name,
             revision=revision,
@@ -197,7 +197,7 @@ def open_base(name: str, *, device: str = "cpu", weights: str = "auto") -> CogVi
         transformer=transformer,
         autoencoder=autoencoder,
         schedule=schedule,
-        encode_text=lambda prompt: encode_text(
+        encode_prompt=lambda prompt: encode_text(
             folder,
             prompt,
             length=transformer.config.max_text_seq_length,

@@ -116,7 +116,7 @@ class LTXBase(PipelineBase[LTXDenoiser]):
         transformer: LTXVideoTransformer3DModel,
         autoencoder: AutoencoderKLLTXVideo,
         schedule: Schedule,
-        encode_text: Callable[[str], Tensor],
+        encode_prompt: Callable[[str], Tensor],
         is_causal: bool,
         name: str,
         revision: str,
@@ -140,7 +140,7 @@ class LTXBase(PipelineBase[LTXDenoiser]):
         super().__init__(
             denoiser=denoiser,
             others={"autoencoder": autoencoder},
-            encode_prompt=encode_text,
+            encode_prompt=encode_prompt,
             schedule=schedule,
             name=name,
             revision=revision,
@@ -202,7 +202,7 @@ def open_base(name: str, *, device: str = "cpu", weights: str = "auto") -> LTXBa
         transformer=transformer,
         autoencoder=autoencoder,
         schedule=schedule,
-        encode_text=lambda prompt: _encode_prompt(
+        encode_prompt=lambda prompt: _encode_prompt(
             folder, prompt, is_causal=is_causal, device=device
         ),
         is_causal=is_causal,

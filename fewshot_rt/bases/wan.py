@@ -225,7 +225,8 @@ class WanBase(PipelineBase[WanDenoiser]):
     @property
     def image_encoder(self) -> Any:
         """CLIP, on the device; None where there is none."""
-        return self.networks().get("image_encoder")
+        tower = self._others.get("image_encoder")
+        return tower and self._bring(tower)
 
     def _encode(self, video: Tensor) -> Tensor:
         latents: Tensor = self.autoencoder.encode(video).latent_dist.mode()
@@ -274,7 +275,7 @@ def open_base(name: str, *, device: str = "cpu", weights: str = "auto") -> WanBa
         is_first_clean = bool(index.get("expand_timesteps"))
         boundary = index.get("boundary_ratio")
         transformer = _transformer(folder, boundary=boundary, device=device, weights=weights)
-        autoencoder = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
+        autoencoder = read_network(AutoencoderKLWan, folder / "vae", device=device, weights="fp32")
         image_encoder = _image_encoder(folder) if transformer.config.image_dim else None
         schedule = _schedule(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
