@@ -36,8 +36,9 @@ ANSWERS = 3
 def measure_base(
     card: Card, *, device: str, layers: int | None, config: TrainConfig, frames: int | None
 ) -> Record:
-    """Measure one update and one answer. layers: fewer blocks than the base has.
+    """Measure one update, one answer, and one more with blocks that are offloaded.
 
+    layers: fewer blocks than the base has.
     Raises: ConfigError or ModelError if the size does not fit, or memory does not suffice.
     """
     weights = "bf16" if device.startswith("cuda") else "fp32"
@@ -51,6 +52,8 @@ def measure_base(
             "update": _update(base, task, config, Path(folder)),
             "answer": _answer(base, task, config, Path(folder)),
         }
+        base.offload()
+        variants["offloaded answer"] = _answer(base, task, config, Path(folder))
     suited = config.suited(base.suited)
     video = Video(frames=transition.frames, size=size, batch=suited.batch)
     estimate = measure_memory(card, video, rank=suited.rank, checkpointing=suited.checkpointing)
@@ -71,6 +74,7 @@ def measure_base(
         floor={
             "estimated update gb": estimate["train"].total / GB,
             "estimated answer gb": estimate["predict"].total / GB,
+            "estimated offloaded answer gb": estimate["offload"].total / GB,
         },
     )
 

@@ -51,7 +51,7 @@ def command(pairs: Path, estimate: bool, config: Path | None, as_json: bool, **f
         "test": len(task.split("test").pairs),
         "answers": task.codec.name,
         "metrics": task.metrics,
-        "transition": vars(task.transition) if is_known else None,
+        "transition": task.transition.to_dict() if is_known else None,
         "augmentation": kinds,
     }
     say(f"{found['train']} pairs for training, {found['test']} for testing")

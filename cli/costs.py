@@ -23,7 +23,8 @@ from .progress import say, show_table
 if TYPE_CHECKING:
     from fewshot_rt.task import Task
 
-VERBS = ("train", "predict")
+VERBS = ("train", "predict", "offload")
+TITLES = {"train": "train", "predict": "predict", "offload": "predict with --offload"}
 
 
 def show_costs(card: Card, task: "Task", settings: TrainConfig) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _show(costs: dict[str, Any]) -> None:
         parts = dict(costs["memory_gb"][verb])
         total = parts.pop("total")
         listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size)
-        say(f"memory to {verb}: {total:.1f} GB ({listed})")
+        say(f"memory to {TITLES[verb]}: {total:.1f} GB ({listed})")
     columns = ["GPU", "memory GB", "s/step", f"{costs['steps']} steps", "trains", "predicts"]
     show_table(columns, [_row(gpu, costs["steps"]) for gpu in costs["gpus"]])
     say(
@@ -103,7 +104,8 @@ def _show(costs: dict[str, Any]) -> None:
 
 
 def _row(gpu: dict[str, Any], steps: int) -> list[str]:
-    verdicts = ("yes" if gpu[verb] else "no" for verb in VERBS)
+    predicts = "yes" if gpu["predict"] else "--offload" if gpu["offload"] else "no"
+    verdicts = ("yes" if gpu["train"] else "no", predicts)
     return [gpu["name"], f"{gpu['memory_gb']:.0f}", *_times(gpu["step_seconds"], steps), *verdicts]
 
 
@@ -121,6 +123,8 @@ def _verdict(costs: dict[str, Any]) -> str:
     gpu = costs["gpus"][0]
     if gpu["train"] and gpu["predict"]:
         return "This GPU will do."
+    if gpu["train"] and gpu["offload"]:
+        return "This GPU will do: train as usual, and predict with --offload."
     if gpu["train"]:
         return "This GPU will train, but not predict, which takes the base in bf16."
     return (

@@ -25,6 +25,9 @@ MOST_LISTED = 10
 @click.option("--overwrite", is_flag=True, help="Answer again what is answered already.")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: as trained]")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option(
+    "--offload", is_flag=True, help="Bring a large base's blocks to the GPU one by one: slower."
+)
 @click.option("--tile", is_flag=True, help="Answer by windows, at the images' own resolution.")
 @click.option(
     "--overlap",
@@ -41,6 +44,7 @@ def command(
     overwrite: bool,
     steps: int | None,
     device: str,
+    offload: bool,
     tile: bool,
     overlap: float | None,
     runs: Path,
@@ -61,7 +65,7 @@ def command(
     tiling = _tiling(tile, overlap)
     jobs = plan(source, out)
     started = time.monotonic()
-    predictor, place = open_model(model, runs, device=device, steps=steps)
+    predictor, place = open_model(model, runs, device=device, steps=steps, offload=offload)
     say(f"model: {place}")
     counts = {"done": 0, "kept": 0, "failed": 0}
     failed: list[dict[str, str]] = []

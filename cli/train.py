@@ -43,6 +43,7 @@ def command(
     On several GPUs, each process draws batches of its own and all step as one:
     torchrun --standalone --nproc-per-node 2 --local-ranks-filter 0 \\
         --no-python fewshot-rt train PAIRS --name NAME
+    (or accelerate launch --multi_gpu --num_processes 2 --no_python ...)
     """
     given = make_settings(TrainConfig, config, flags)
     if resume and overwrite:

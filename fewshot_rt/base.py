@@ -43,6 +43,21 @@ class Base(Protocol):
         """Let the networks besides the denoiser make room until they are used again."""
         ...
 
+    def play(self, transition: Transition) -> None:
+        """Place frames in time as a transition has them: see its `span`.
+
+        Raises: ModelError if the base cannot.
+        """
+        ...
+
+    def offload(self) -> None:
+        """Keep the denoiser on the CPU from now on, and bring its blocks one after the other.
+
+        For prediction; whatever adapter there is must be in place.
+        Raises: ModelError if the base is not made for it.
+        """
+        ...
+
     def embed(self, prompt: str) -> "dict[str, Tensor]":
         """Embed a prompt. Shapes: every tensor [1, ...]; a denoiser repeats it over its batch."""
         ...

@@ -101,6 +101,7 @@ def _fit(
     parse_augmentation(config, chosen)  # before anything is written
     base = open_chosen(config)
     task, chosen = (each.played(base.transition) for each in (task, chosen))
+    base.play(task.transition)
     config = replace(config, **vars(config.suited(base.suited)))
     if overwrite:
         remove_run(folder, keep=pairs)
@@ -145,6 +146,7 @@ def estimate(task: Task, config: TrainConfig) -> dict[str, float]:
     trial = replace(config, steps=TRIAL_STEPS, variants=1, minutes=None)
     base = open_chosen(config)
     task = task.played(base.transition)
+    base.play(task.transition)
     kinds = parse_augmentation(config, task.split("train")).kinds
     clips = pairs * (config.variants if kinds else 1)
     with enough_memory(), TemporaryDirectory() as folder:

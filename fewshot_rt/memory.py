@@ -68,7 +68,8 @@ def measure_memory(
 ) -> dict[str, Memory]:
     """Estimate the memory to "train" LoRA on a frozen denoiser and to "predict" with it merged.
 
-    Predicting is of one video at a time, with weights in fp32 or bf16. Of an update with gradient
+    Predicting is of one video at a time, with weights in fp32 or bf16; "offload" is the same with
+    blocks that come one by one, each while the one before computes. Of an update with gradient
     checkpointing, the input of every block stays, and the activations of one block at a time come
     on top; without, those of all blocks stay. Either way memory grows evenly with the blocks: it is
     followed for a few of them, and drawn on to all. weights: as in `TrainConfig`.
@@ -102,7 +103,17 @@ def measure_memory(
     )
     if kept in FEW_BITS:  # these are on the GPU from the beginning
         training = replace(training, text=training.text + training.denoiser)
-    return {"train": training, "predict": predicting}
+    kept_there = WEIGHT_BYTES["fp32" if kept == "fp32" else "bf16"] * _offloaded(card)
+    offloaded = replace(predicting, denoiser=round(kept_there))
+    return {"train": training, "predict": predicting, "offload": offloaded}
+
+
+def _offloaded(card: Card) -> int:
+    """Count the weights that are there at most: two blocks, and those in no block."""
+    import torch
+
+    with torch.device("meta"):
+        return _count(open_empty(card, layers=2).denoiser())
 
 
 def _text_bytes(card: Card) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from .checkpoints import digest_file
@@ -18,9 +19,36 @@ from .errors import ModelError
 from .schedule import Schedule
 from .spec import Geometry
 from .taehv import Taehv, TinyFile, read_taehv
+from .transition import Transition
 
-D = TypeVar("D", bound=nn.Module)
 M = TypeVar("M", bound=nn.Module)
+
+
+class Denoiser(nn.Module):
+    """A transformer behind the one layout that all bases share.
+
+    last_place: where in time the last latent frame lies, counted in latent frames (merged, where
+    the transformer merges them); None leaves it in its own place.
+    """
+
+    last_place: int | None = None
+
+    def places(self, frames: int) -> list[int]:
+        """List where each of so many latent frames lies in time."""
+        last = frames - 1 if self.last_place is None else self.last_place
+        return [*range(frames - 1), last]
+
+    def pick(self, table: Tensor, frames: int, *, axis: int) -> Tensor:
+        """Take the places of so many frames out of a table over all frames up to the last place.
+
+        axis: that over tokens, frame by frame.
+        """
+        places = torch.tensor(self.places(frames), device=table.device)
+        by_frame = torch.unflatten(table, axis, (self.places(frames)[-1] + 1, -1))
+        return by_frame.index_select(axis, places).flatten(axis, axis + 1)
+
+
+D = TypeVar("D", bound=Denoiser)
 
 
 class PipelineBase(Generic[D]):
@@ -51,6 +79,7 @@ class PipelineBase(Generic[D]):
         self._others: dict[str, nn.Module] = {n: m for n, m in others.items() if m is not None}
         self._prompts: dict[str, Tensor] = {}
         self._tiny: Taehv | None = None
+        self._is_offloaded = False
         modules: list[nn.Module] = [denoiser, *self._others.values()]
         for module in modules:
             module.eval().requires_grad_(False)
@@ -79,7 +108,52 @@ class PipelineBase(Generic[D]):
 
     def denoiser(self) -> D:
         """Give the module that predicts; the same at every call."""
-        return self._bring(self._denoiser)
+        return self._denoiser if self._is_offloaded else self._bring(self._denoiser)
+
+    def offload(self) -> None:
+        """Keep the denoiser on the CPU from now on, and bring its blocks one after the other.
+
+        On a GPU the next block comes while one computes, from memory that is locked for it.
+        """
+        device = self.device
+        self._device = str(device)
+        _move(self._denoiser, "cpu")
+        has_streams = device.type != "cpu"
+        for module in self._denoiser.modules():
+            if isinstance(module, ModelMixin):
+                module.enable_group_offload(
+                    onload_device=device,
+                    num_blocks_per_group=1,
+                    use_stream=has_streams,
+                    record_stream=has_streams,
+                )
+        self._is_offloaded = True
+
+    def play(self, transition: Transition) -> None:
+        """Place the last latent frame in time where a transition has it.
+
+        Raises: ModelError if the span does not fit, or all frames are merged into one.
+        """
+        if transition.span is None:
+            self._denoiser.last_place = None
+            return
+        if self.geometry.is_fixed:
+            raise ModelError(
+                f"{self.name} learned the places of its frames one by one: leave span out of the "
+                "transition in task.toml."
+            )
+        factor, merged = self.geometry.time_factor, self.geometry.merged_frames
+        if (transition.span - 1) % factor:
+            raise ModelError(
+                f"a span of {transition.span} frames does not fit {self.name}: use 1 + a multiple "
+                f"of {factor}."
+            )
+        if transition.frames <= factor * (merged - 1) + 1:
+            raise ModelError(
+                f"{self.name} merges {transition.frames} frames into one, and the answer has no "
+                f"place in time of its own. Use {self.geometry.frames[0]} frames, or no span."
+            )
+        self._denoiser.last_place = (transition.span - 1) // factor // merged
 
     def embed(self, prompt: str) -> dict[str, Tensor]:
         """Embed a prompt; the text encoder is loaded for it, and let go. Shapes: [1, L, D]."""

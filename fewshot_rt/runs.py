@@ -109,7 +109,9 @@ def open_merged(folder: Path) -> "tuple[Base, Adapter, dict[str, Any]]":
     return base, adapter, values
 
 
-def open_run(folder: Path, *, device: str = "cpu", weights: str | None = None) -> Predictor:
+def open_run(
+    folder: Path, *, device: str = "cpu", weights: str | None = None, offload: bool = False
+) -> Predictor:
     """Open a run as a predictor that runs in plain PyTorch.
 
     weights: how the base is kept, see `open_base`; by default as for training, but few bits, which
@@ -127,6 +129,8 @@ def open_run(folder: Path, *, device: str = "cpu", weights: str | None = None) -
             adapter.merge(base)
         else:
             adapter.attach(base)
+        if offload:
+            base.offload()
         return base_predictor(base, values["recipe"], values["prompt"], origin=str(folder))
 
 
@@ -136,6 +140,7 @@ def _open(
     """Open a run's base, its adapter and its settings."""
     from .adapter import Adapter
     from .bases import open_base
+    from .task import Task
 
     values = read_run(folder)
     adapter = Adapter.load(folder)
@@ -145,6 +150,7 @@ def _open(
     if weights is None:
         weights = kept if kept in ("fp32", "bf16") else "auto"
     base = open_base(trained["base"], device=device, weights=weights, vae=trained.get("vae"))
+    base.play(Task.from_dict(values["task"]).transition)
     values["prompt"] = _read_prompt(folder, base, values["task"]["prompt"])
     return base, adapter, values
 

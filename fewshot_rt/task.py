@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,12 @@ KEYS: dict[str, tuple[type, ...]] = {
     "codec": (str, dict),
     "metrics": (list,),
 }
-TRANSITION_KEYS: dict[str, tuple[type, ...]] = {"kind": (str,), "frames": (int,), "seed": (int,)}
+TRANSITION_KEYS: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "frames": (int,),
+    "seed": (int,),
+    "span": (int,),
+}
 CODEC_KEYS: dict[str, tuple[type, ...]] = {"name": (str,), "colours": (list,)}
 MOST_LISTED = 10
 
@@ -107,7 +112,7 @@ class Task:
         files = sorted(
             (p.split, _file_digest(p.source), _file_digest(p.target)) for p in self.pairs
         )
-        content = [files, asdict(self.transition), self.codec.to_dict(), self.prompt]
+        content = [files, self.transition.to_dict(), self.codec.to_dict(), self.prompt]
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +120,7 @@ class Task:
         return {
             "name": self.name,
             "prompt": self.prompt,
-            "transition": asdict(self.transition),
+            "transition": self.transition.to_dict(),
             "states_transition": self.states_transition,
             "codec": self.codec.to_dict(),
             "metrics": list(self.metrics),

@@ -33,19 +33,31 @@ class Transition:
         (F // 2 frames) and the target after it; "repeat_target" is [x, y, y, ...]; "tiles" swaps
         the cells of a 4x4 grid one group after the other, in an order drawn from `seed`.
     frames: T, at least 2.
+    span: the frames of a longer video that this one stands for: the answer's place in time is that
+        of its last frame. None leaves every frame in its own place.
 
-    Source: Acuaviva et al. 2025, sec. 3 (all but repeat_target); ChronoEdit 2025 (repeat_target).
+    Source: Acuaviva et al. 2025, sec. 3 (all but repeat_target); Wu et al. 2025, ChronoEdit
+    (repeat_target; 5 frames that span 29).
     """
 
     kind: str = "repeat_target"
     frames: int = 5
     seed: int = 0
+    span: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(unknown("transition", self.kind, KINDS))
         if self.frames < 2:
             raise ConfigError(f"a transition needs at least 2 frames, not {self.frames}")
+        if self.span is not None and self.span < self.frames:
+            raise ConfigError(
+                f"{self.frames} frames cannot span {self.span}: give at least as many"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as JSON values; a span only if there is one."""
+        return {k: v for k, v in vars(self).items() if k != "span" or v is not None}
 
     def weights(self) -> tuple[float, ...]:
         """Give, frame by frame, how much of the target is seen (the share of cells in "tiles")."""

@@ -205,6 +205,9 @@ def test_memory_is_of_weights_adapter_and_what_comes_and_goes() -> None:
     # The text encoder is there first, alone, and takes the most of so small a model.
     assert train.total == train.text == 2 * card.figures["text_encoder_parameters"]
     assert predict.total == predict.denoiser + predict.encoders + predict.coding
+    block = sum(p.numel() for p in list_blocks(open_on_meta(card))[0].parameters())
+    assert found["offload"].denoiser == predict.denoiser - 2 * (card.layers - 2) * block
+    assert found["offload"].coding == predict.coding
     found = measure_memory(card, video, rank=64, weights="nf4", checkpointing=False)
     assert found["train"].denoiser == pytest.approx(train.denoiser * 0.5625 / 2)
     assert found["train"].activations > 5 * train.activations

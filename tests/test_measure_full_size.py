@@ -25,7 +25,7 @@ def test_one_update_and_one_answer_are_measured(
     assert (record["kind"], record["case"]) == ("full-size", name)
     assert record["settings"]["size"] == list(size)
     assert (record["settings"]["layers"], record["settings"]["frames"]) == (1, 9)
-    assert set(record["variants"]) == {"update", "answer"}
+    assert set(record["variants"]) == {"update", "answer", "offloaded answer"}
     assert all(figures["ms"] > 0 for figures in record["variants"].values())
     assert record["floor"]["estimated update gb"] > record["floor"]["estimated answer gb"] > 1
 

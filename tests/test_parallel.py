@@ -69,6 +69,9 @@ assert last.step == steps
 """
 
 
+ACCELERATE = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+
 def test_alone_nothing_changes() -> None:
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.tensor([1.0, 2.0])
@@ -84,10 +87,10 @@ def test_two_processes_train_one_adapter(tmp_path: Path, workshop: Path) -> None
     script = tmp_path / "train.py"
     script.write_text(TRAINING)
     run, one = (tmp_path / "runs" / name for name in ("both", "one"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for steps in ("2", "4"):  # the second time, from the saved state
-        words = ["--nproc-per-node", "2", script, workshop, run, steps]
-        subprocess.run([*torchrun, *words], check=True)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", *ACCELERATE.split()]
+    for launcher, steps in ((torchrun, "2"), (accelerate, "4")):  # then from the saved state
+        subprocess.run([sys.executable, "-m", *launcher, script, workshop, run, steps], check=True)
     subprocess.run([sys.executable, script, workshop, one, "4"], check=True)
     first, second, alone = (
         json.loads(path.read_text())

@@ -21,11 +21,11 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints import digest_folder, read_network
 from ..errors import ModelError
-from ..pipeline_base import PipelineBase
+from ..pipeline_base import Denoiser, PipelineBase
 from ..schedule import Schedule
 from ..spec import Geometry
 from ..taehv import TinyFile
@@ -50,7 +50,7 @@ COMFY_NAMES = {
 }
 
 
-class CogVideoXDenoiser(nn.Module):
+class CogVideoXDenoiser(Denoiser):
     """The transformer behind the one layout that all bases share."""
 
     def __init__(self, transformer: CogVideoXTransformer3DModel, *, steps: int) -> None:
@@ -82,18 +82,24 @@ class CogVideoXDenoiser(nn.Module):
         if not config.use_rotary_positional_embeddings:
             return None
         frames, height, width = noisy.shape[2:]
+        frames = -(-frames // (config.patch_size_t or 1))
         grid = (height // config.patch_size, width // config.patch_size)
         base = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
-        options: dict[str, Any] = {"temporal_size": frames, "crops_coords": _crop(grid, base)}
+        options: dict[str, Any] = {"crops_coords": _crop(grid, base)}
         if config.patch_size_t is not None:
-            pairs = -(-frames // config.patch_size_t)
-            options = {"temporal_size": pairs, "crops_coords": None, "grid_type": "slice"}
+            options = {"crops_coords": None, "grid_type": "slice"}
             # How far the table of angles goes: larger pictures than in pretraining need more.
             options["max_size"] = tuple(max(pair) for pair in zip(base, grid, strict=True))
         cos, sin = get_3d_rotary_pos_embed(
-            config.attention_head_dim, grid_size=grid, device=noisy.device, **options
+            config.attention_head_dim,
+            grid_size=grid,
+            temporal_size=self.places(frames)[-1] + 1,
+            device=noisy.device,
+            **options,
         )
-        return cos, sin
+        if self.last_place is None:
+            return cos, sin
+        return self.pick(cos, frames, axis=0), self.pick(sin, frames, axis=0)
 
 
 class CogVideoXBase(PipelineBase[CogVideoXDenoiser]):

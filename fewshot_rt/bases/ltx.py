@@ -23,11 +23,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LTXVideoTransformer3DModel,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints import digest_folder, read_network, read_pipeline
 from ..errors import ModelError
-from ..pipeline_base import PipelineBase
+from ..pipeline_base import Denoiser, PipelineBase
 from ..schedule import Schedule
 from ..spec import Geometry
 from ..text import encode_text
@@ -43,7 +43,7 @@ EXAMPLE_SIZE = (480, 704)  # in the examples of the official pipelines
 SHORTEST = (9,)  # two latent frames: the known one, and one to be made
 
 
-class LTXDenoiser(nn.Module):
+class LTXDenoiser(Denoiser):
     """The transformer behind the one layout that all bases share.
 
     is_causal: whether the first latent frame counts as one frame of pixels, as from 0.9.5 on.
@@ -85,7 +85,9 @@ class LTXDenoiser(nn.Module):
 
     def _places(self, noisy: Tensor) -> Tensor:
         """Give the place of each token: seconds, and pixels down and across. Shapes: [1, 3, L]."""
-        lines = [torch.arange(n, device=noisy.device, dtype=torch.float32) for n in noisy.shape[2:]]
+        frames, height, width = noisy.shape[2:]
+        axes = (self.places(frames), range(height), range(width))
+        lines = [noisy.new_tensor(list(axis), dtype=torch.float32) for axis in axes]
         frame, down, across = torch.meshgrid(*lines, indexing="ij")
         # Computed in the order of the pipelines: the fastest rotations show the last bit.
         if self.is_causal:

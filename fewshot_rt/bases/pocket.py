@@ -184,6 +184,24 @@ class PocketBase:
     def rest(self) -> None:
         """Do nothing: the autoencoder is small."""
 
+    def play(self, transition: Transition) -> None:
+        """Place frames in time: always in their own places.
+
+        Raises: ModelError if the transition spans more.
+        """
+        if transition.span is not None:
+            raise ModelError(
+                "pocket knows no places in time beyond those of its frames: leave span out of the "
+                "transition in task.toml."
+            )
+
+    def offload(self) -> None:
+        """Keep the denoiser where it is.
+
+        Raises: ModelError always: it is small.
+        """
+        raise ModelError("pocket is small enough for any device. Leave out --offload.")
+
     def embed(self, prompt: str) -> dict[str, Tensor]:
         """Embed a prompt. Shapes: prompt [1, L, D]."""
         return {"prompt": self.prompts.embed(prompt)}

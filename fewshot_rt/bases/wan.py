@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from ..checkpoints import INDEX_FILE, digest_folder, read_network
 from ..errors import ModelError
-from ..pipeline_base import PipelineBase
+from ..pipeline_base import Denoiser, PipelineBase
 from ..schedule import Schedule
 from ..spec import Geometry
 from ..taehv import TinyFile
@@ -94,12 +94,15 @@ class Experts(nn.Module):
         return (torch.where(is_first[:, None, None, None, None], first, second),)
 
 
-class WanDenoiser(nn.Module):
+class WanDenoiser(Denoiser):
     """The transformer, or the two of them, behind the one layout that all bases share."""
 
     def __init__(self, transformer: WanTransformer3DModel | Experts) -> None:
         super().__init__()
         self.transformer, self.dtype = transformer, transformer.dtype
+        for module in transformer.modules():
+            if isinstance(module, WanTransformer3DModel):
+                module.rope.register_forward_hook(self._place)
 
     def forward(
         self,
@@ -135,6 +138,14 @@ class WanDenoiser(nn.Module):
             return prediction
         towards_first = (noisy[:, :, :1] - first) / time[:, None, None, None, None]
         return torch.cat([towards_first, prediction[:, :, 1:]], dim=2)
+
+    def _place(self, rotary: Any, seen: tuple[Tensor], tables: Any) -> Any:
+        """Give the rotary tables of the last frame's own place. Shapes: seen [B, C, F, h, w]."""
+        if self.last_place is None:
+            return tables
+        frames = seen[0].shape[2]
+        longer = seen[0][:, :, :1].expand(-1, -1, self.last_place + 1, -1, -1)
+        return tuple(self.pick(table, frames, axis=1) for table in rotary.forward(longer))
 
     def _by_token(self, noisy: Tensor, step: Tensor) -> Tensor:
         """Give each token its time: 0 for the first frame. Shapes: [B] -> [B, L]."""
