@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .codecs import Codec
 from .errors import ConfigError, unknown
-from .sample import sample
+from .sample import SOLVERS, sample
 from .schedule import Schedule
 
 Floats = NDArray[np.float32]
@@ -25,8 +25,9 @@ class Recipe:
     """All that answering takes besides the networks; kept in run folders and bundles as JSON.
 
     size: (H, W) that the model sees. latent_shape: (C, F, h, w). noise: "zero", or "seeded" (drawn
-    from `seed`, the same for every image). batch: images answered at once; the last batch is filled
-    up, so that an answer does not depend on how many images came with it.
+    from `seed`, the same for every image). solver, start: see `sample`. batch: images answered at
+    once; the last batch is filled up, so that an answer does not depend on how many images came
+    with it.
     """
 
     task: str
@@ -38,11 +39,17 @@ class Recipe:
     steps: int = 1
     noise: str = "zero"
     seed: int = 0
+    solver: str = "euler"
+    start: float = 1.0
     batch: int = 4
 
     def __post_init__(self) -> None:
         if self.noise not in NOISES:
             raise ConfigError(unknown("noise", self.noise, NOISES))
+        if self.solver not in SOLVERS:
+            raise ConfigError(unknown("solver", self.solver, SOLVERS))
+        if not 0 < self.start <= 1:
+            raise ConfigError(f"start must be above 0 and at most 1, not {self.start}")
         if self.steps < 1 or self.batch < 1:
             raise ConfigError(f"steps ({self.steps}) and batch ({self.batch}) must be at least 1")
 
@@ -96,8 +103,10 @@ class Predictor:
             tensors = {"noisy": noisy, "time": time, **conditions}
             return self.runners["denoiser"](tensors)["prediction"]
 
-        schedule, steps = self.recipe.schedule, self.recipe.steps
-        *_, last = sample(denoise, self._noise, schedule=schedule, steps=steps)
+        way = {
+            name: getattr(self.recipe, name) for name in ("schedule", "steps", "solver", "start")
+        }
+        *_, last = sample(denoise, self._noise, **way)
         return self.runners["decoder"]({"latents": last.latents})["image"][:count]
 
     def with_recipe(self, **changes: Any) -> "Predictor":

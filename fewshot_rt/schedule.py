@@ -113,6 +113,15 @@ class Schedule:
         clean, noise = self.split(noisy, prediction, time)
         return self.noise(clean, noise, next_time)
 
+    def towards(self, noisy: Array, clean: Array, time: Array, next_time: Array) -> Array:
+        """Go from one time to the next as if the clean sample were this one.
+
+        Shapes: noisy, clean, result [B, ...]; times [B] or numbers, the first above 0.
+        Source: Lu et al. 2022 (DPM-Solver++), eq. 9 with a constant data prediction.
+        """
+        a, b = self._broadcast(time, noisy)
+        return self.noise(clean, (noisy - a * clean) / b, next_time)
+
     def times(self, steps: int) -> tuple[float, ...]:
         """List the steps + 1 times of a sampler: first exactly 1, last exactly 0.
 
