@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fewshot_rt.errors import DataError
-
 from .markdown import table
+from .plots import Layout, draw_panels
 from .record import Record
 
 KIND = "learning"  # of records
@@ -25,15 +24,15 @@ LEAST_SKILL = -1.0
 Skills = Mapping[tuple[str, str, int], dict[int, float]]
 
 
-def latest_comparison(records: Sequence[Record]) -> list[Record]:
-    """Take the learning records that belong together with the newest: one base, one protocol.
+def latest_comparison(records: Sequence[Record], *, kind: str = KIND) -> list[Record]:
+    """Take the records of a kind that belong together with the newest: one base, one protocol.
 
     Of a task measured twice with one number of pairs and one seed, the newest record counts.
     """
-    records = [record for record in records if record.kind == KIND]
+    records = [record for record in records if record.kind == kind]
     if not records:
         return []
-    own = ("group", "moves", "metric", "shots", "seed")
+    own = ("group", "moves", "codec", "metric", "shots", "seed")
 
     def shared(record: Record) -> dict[str, Any]:
         return {key: value for key, value in record.settings.items() if key not in own}
@@ -116,59 +115,27 @@ def make_group_table(records: Sequence[Record], *, shots: int) -> str:
     return f"{_filled(headings, rows)}\n\n{_pairs(shots)}; {_protocol(records)}"
 
 
-def require_plots() -> None:
-    """Require what drawing curves needs, before hours are spent on measuring.
-
-    Raises: DataError if matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise DataError(
-            "curves need the package 'matplotlib', which is not installed. "
-            "Install fewshot-rt[demo]."
-        ) from error
-
-
 def draw_curves(records: Sequence[Record], path: Path) -> None:
     """Draw skill over the number of pairs, a panel for each task and one for their mean.
 
     Raises: ImportError if matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     skills = find_skills(records)
     tasks = list(dict.fromkeys(record.case for record in records))
     methods = [name for name in _methods(records) if name not in BASELINES]
-    columns = 4
-    rows = -(-(len(tasks) + 1) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, task in zip(axes, [None, *tasks], strict=False):
-        for number, method in enumerate(methods):
-            points = _points(skills, method, [task] if task else tasks)
-            if points:
-                shots, mean, low, high = zip(*points, strict=True)
-                width = 2.5 if number == 0 else 1.2
-                axis.plot(shots, mean, "o-", ms=3, lw=width, color=f"C{number}", label=method)
-                axis.fill_between(shots, low, high, color=f"C{number}", alpha=0.15, lw=0)
-        axis.set_title(task or "mean over all tasks", fontsize=9)
-        axis.set_xscale("log")
-        axis.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
-        axis.set_ylim(LEAST_SKILL - 0.05, 1.05)
-        axis.axhline(0, color="0.7", lw=0.8)
-        axis.tick_params(labelsize=7)
-    for axis in axes[len(tasks) + 1 :]:
-        axis.set_visible(False)
-    drawn = [dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)) for axis in axes]
-    named = {method: line for lines in drawn for method, line in lines.items()}
-    axes[0].legend(named.values(), named.keys(), fontsize=7)
-    figure.supxlabel("pairs")
-    figure.supylabel("skill: 1 - error / error of the best baseline")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    panels = {"mean over all tasks": tasks} | {task: [task] for task in tasks}
+    lines = {
+        title: {m: points for m in methods if (points := _points(skills, m, chosen))}
+        for title, chosen in panels.items()
+    }
+    layout = Layout(
+        columns=4,
+        across="pairs",
+        up="skill: 1 - error / error of the best baseline",
+        ticks=(1, 3, 10, 30),
+        limits=(LEAST_SKILL - 0.05, 1.05),
+    )
+    draw_panels(lines, path, layout=layout)
 
 
 def _points(

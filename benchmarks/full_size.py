@@ -52,7 +52,8 @@ def measure_base(
             "update": _update(base, task, config, Path(folder)),
             "answer": _answer(base, task, config, Path(folder)),
         }
-        base.offload()
+        with base.offloaded():
+            pass  # the adapter is in place
         variants["offloaded answer"] = _answer(base, task, config, Path(folder))
     suited = config.suited(base.suited)
     video = Video(frames=transition.frames, size=size, batch=suited.batch)

@@ -37,7 +37,10 @@ MOST_PAIRS = 30
 # same.
 FULL_RATE = 0.001
 # Settings of training that a cell has for itself, or that change nothing for pocket.
-OF_A_CELL = ("seed", "shots", "size", "save_seconds", "weights", "checkpointing", "vae")
+OF_A_CELL = (
+    *("seed", "shots", "size", "save_seconds", "weights", "checkpointing", "vae"),
+    *("grid_steps", "start", "pixel_loss", "hold_out"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ def run_cells(
             ):
                 yield cell, None
                 continue
-            variants = _measure(cell, protocol, methods, _written(cell, protocol, folder), panels)
+            variants = _measure(cell, protocol, methods, write_cell(cell, protocol, folder), panels)
             yield (
                 cell,
                 Record(
@@ -113,7 +116,9 @@ def run_cells(
 
 def _settings(cell: Cell, protocol: Protocol, base: Base) -> dict[str, Any]:
     """Give what a record says of its cell: what is its own, then what one comparison shares."""
-    training = vars(_training(protocol)) | vars(base.suited) | {"layers": list(base.lora_targets)}
+    training = (
+        vars(make_training(protocol)) | vars(base.suited) | {"layers": list(base.lora_targets)}
+    )
     return {
         "group": cell.case.group,
         "moves": cell.case.moves,
@@ -127,7 +132,7 @@ def _settings(cell: Cell, protocol: Protocol, base: Base) -> dict[str, Any]:
     }
 
 
-def _written(cell: Cell, protocol: Protocol, folder: str) -> Path:
+def write_cell(cell: Cell, protocol: Protocol, folder: str) -> Path:
     """Write the pairs of a cell's task and seed, all that any number takes, once."""
     place = Path(folder) / f"{cell.case.name}-{cell.seed}"
     if not place.exists():
@@ -174,7 +179,7 @@ def _measure(
 
     def add(name: str, answers: list[Pixels], seconds: float) -> None:
         mean, _ = score(answers, targets, codec=task.codec, names=task.metrics)
-        error = _squared_error(answers, targets, task.codec)
+        error = squared_error(answers, targets, task.codec)
         variants[name] = mean | {"error": error, "seconds": seconds}
 
     for name in methods:
@@ -194,7 +199,7 @@ def _measure(
     return variants
 
 
-def _squared_error(answers: Sequence[Pixels], targets: Sequence[Pixels], codec: Codec) -> float:
+def squared_error(answers: Sequence[Pixels], targets: Sequence[Pixels], codec: Codec) -> float:
     """Give the mean squared error of pictures as the video shows them; 1 is black against white."""
     errors = [
         np.square(codec.paint(a) / 255.0 - codec.paint(t) / 255.0).mean()
@@ -217,7 +222,7 @@ def _network(
     base.geometry = replace(base.geometry, native=(protocol.size, protocol.size))
     if not is_pretrained:
         _forget(base, cell.seed)
-    config = replace(_training(protocol), seed=cell.seed)
+    config = replace(make_training(protocol), seed=cell.seed)
     if is_whole:
         config = replace(config, rate=FULL_RATE)
     recipe = make_recipe(base, task, config)
@@ -231,7 +236,8 @@ def _network(
     )
 
 
-def _training(protocol: Protocol) -> TrainConfig:
+def make_training(protocol: Protocol) -> TrainConfig:
+    """Give the settings of training that a protocol has."""
     return TrainConfig(base=protocol.base, steps=protocol.steps, device="cpu")
 
 

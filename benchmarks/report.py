@@ -5,7 +5,8 @@ the table of the case NAME
 <!-- /bench:NAME -->
 
 Of learning, `bench:tasks` is the table of means, `bench:tasks-N` that of all tasks with N pairs,
-`bench:tasks-groups-N` that of groups of tasks.
+`bench:tasks-groups-N` that of groups of tasks. Of the ladder of denoising steps, `bench:steps` is
+the table of rungs, `bench:steps-arithmetic` that of arithmetic.
 """
 
 import re
@@ -19,6 +20,14 @@ from fewshot_rt.files import write_text
 from .curves import KIND, latest_comparison, make_group_table, make_mean_table, make_task_table
 from .markdown import table
 from .record import RESULTS, Record, read_records
+from .rungs import ARITHMETIC
+from .rungs import KIND as RUNGS
+from .rungs_tables import (
+    latest_rungs,
+    make_arithmetic_table,
+    make_rungs_table,
+    newest_arithmetic,
+)
 
 LEARNING = "tasks"
 HEADINGS = ("way", "median", "p10", "p90", "images/s", "against {first}", "first call", "parity")
@@ -33,7 +42,7 @@ def update_document(path: Path, folder: Path = RESULTS) -> list[str]:
     names = re.findall(r"<!-- bench:([\w-]+) -->", text)
     records = read_records(folder)
     # Cells of learning have tables together, and may be called as other records are.
-    alone = [record for record in records if record.kind != KIND]
+    alone = [record for record in records if record.kind not in (KIND, RUNGS, ARITHMETIC)]
     tables = {record.case: partial(make_table, record) for record in alone}
     together = latest_comparison(records)
     if together:
@@ -41,6 +50,11 @@ def update_document(path: Path, folder: Path = RESULTS) -> list[str]:
         for shots in {int(record.settings["shots"]) for record in together}:
             tables[f"{LEARNING}-{shots}"] = partial(make_task_table, together, shots=shots)
             tables[f"{LEARNING}-groups-{shots}"] = partial(make_group_table, together, shots=shots)
+    rungs, arithmetic = latest_rungs(records), newest_arithmetic(records)
+    if rungs:
+        tables["steps"] = partial(make_rungs_table, rungs)
+    if arithmetic:
+        tables[ARITHMETIC] = partial(make_arithmetic_table, arithmetic)
     for name in names:
         if name not in tables:
             raise DataError(f"{path} marks bench:{name}, but {folder} holds no record of it.")

@@ -10,7 +10,12 @@ from fewshot_rt.errors import unknown
 
 from .options import RUNS
 
-MODULES = {"latency": ".bench_latency", "tasks": ".bench_tasks", "base": ".bench_base"}
+MODULES = {
+    "latency": ".bench_latency",
+    "tasks": ".bench_tasks",
+    "steps": ".bench_steps",
+    "base": ".bench_base",
+}
 DEFAULT = "latency"
 
 

@@ -76,8 +76,8 @@ def command(
     weights), a U-Net, a random forest for masks, and the baselines. With --results, every cell is a
     record, tables and curves are drawn from all of them, and a broken-off run goes on.
     """
-    from fewshot_rt.benchmarks.curves import require_plots
     from fewshot_rt.benchmarks.learning import METHODS, Cell, Protocol, run_cells
+    from fewshot_rt.benchmarks.plots import require_plots
     from fewshot_rt.benchmarks.record import append_record, read_records
     from fewshot_rt.benchmarks.tasks import TASKS
     from fewshot_rt.benchmarks.tasks import nuclei as make_nuclei
@@ -85,8 +85,8 @@ def command(
     cases = dict(TASKS)
     if nuclei:
         cases["nuclei"] = make_nuclei(nuclei)
-    chosen = _names(tasks, list(cases), "task")
-    which = _names(methods, list(METHODS), "method")
+    chosen = pick_names(tasks, list(cases), "task")
+    which = pick_names(methods, list(METHODS), "method")
     if is_list:
         for name in chosen:
             say(f"{name}: {cases[name].about} ({cases[name].group}, {cases[name].metric})")
@@ -109,7 +109,11 @@ def command(
     _report([*known, *new], results, as_json=as_json)
 
 
-def _names(text: str | None, possible: list[str], what: str) -> list[str]:
+def pick_names(text: str | None, possible: list[str], what: str) -> list[str]:
+    """Read names with commas; all that are possible if there is no text.
+
+    Raises: ConfigError with the nearest name for one that is not.
+    """
     if text is None:
         return possible
     names = [part.strip() for part in text.split(",")]

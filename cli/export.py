@@ -7,7 +7,7 @@ import click
 from fewshot_rt.runs import open_merged
 
 from .models import find_run
-from .options import FOLDER, json_option, runs_option, write_result
+from .options import FOLDER, acceleration_option, json_option, runs_option, write_result
 from .progress import meter, say
 
 
@@ -18,10 +18,17 @@ from .progress import meter, say
 @click.option(
     "--out", type=FOLDER, help="Folder of the bundle.  [default: RUN/bundles/ENGINE-PRECISION]"
 )
+@acceleration_option
 @runs_option
 @json_option
 def command(
-    run: Path | None, engine: str, precision: str, out: Path | None, runs: Path, as_json: bool
+    run: Path | None,
+    engine: str,
+    precision: str,
+    out: Path | None,
+    acceleration: tuple[str, ...],
+    runs: Path,
+    as_json: bool,
 ) -> None:
     """Freeze a run for fast answers.
 
@@ -36,7 +43,7 @@ def command(
     require_engine(engine)
     from fewshot_rt.export.build import export_bundle
 
-    base, adapter, values = open_merged(place)
+    base, adapter, values = open_merged(place, acceleration=acceleration)
     stages = 13  # four a role, three roles, and the whole way
     parity: dict[str, float] = {}
     with meter(f"export {engine}") as shown:
@@ -47,7 +54,11 @@ def command(
             engine=engine,
             precision=precision,
             folder=folder,
-            origin={"run": place.resolve().name, "task_digest": adapter.provenance.digest},
+            origin={
+                "run": place.resolve().name,
+                "task_digest": adapter.provenance.digest,
+                "acceleration": values["acceleration"],
+            },
         )
         for index, step in enumerate(steps, start=1):
             shown.show(min(1.0, index / stages), f"{step.role}: {step.stage}")

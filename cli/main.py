@@ -12,7 +12,10 @@ import click
 from fewshot_rt import __version__
 from fewshot_rt.errors import ConfigError, FewshotError, unknown
 
-COMMANDS = ("check", "train", "export", "predict", "eval", "bench", "bases", "doctor", "pretrain")
+COMMANDS = (
+    *("check", "train", "distill", "export", "predict", "eval"),
+    *("bench", "bases", "doctor", "pretrain"),
+)
 MODULES = {"eval": "evaluate"}  # `eval` is a builtin's name
 
 

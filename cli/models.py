@@ -1,5 +1,6 @@
 """Find and open a model by what a person gave: a bundle, a run, the name of a run, or nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fewshot_rt.errors import ConfigError, ModelError
@@ -39,26 +40,36 @@ def open_model(
     device: str = "cpu",
     steps: int | None = None,
     offload: bool = False,
+    acceleration: Sequence[str] = (),
 ) -> tuple[Predictor, Path]:
     """Open a model as a predictor; give its folder too.
 
     offload: keep a run's large base on the CPU, and bring its blocks to the GPU one by one.
-    Raises: ModelError, EngineError; ConfigError if there is nothing to offload.
+    acceleration: files of LoRA weights under a run's adapter; see `open_run`.
+    Raises: ModelError, EngineError; ConfigError if there is nothing to offload or to accelerate.
     """
+    if offload and device == "cpu":
+        raise ConfigError("--offload brings blocks from the CPU to a GPU: give --device cuda.")
     place = find_model(given, runs)
-    if offload:
-        _require_offload(place, device)
+    if offload or acceleration:
+        place = _find_open_run(given, runs)
     if (place / MANIFEST_FILE).is_file():
         from fewshot_rt.export.bundle import open_bundle
 
         predictor = open_bundle(place, device=device)
     else:
-        predictor = open_run(place, device=device, offload=offload)
+        predictor = open_run(place, device=device, offload=offload, acceleration=acceleration)
     return predictor if steps is None else predictor.with_recipe(steps=steps), place
 
 
-def _require_offload(place: Path, device: str) -> None:
-    if device == "cpu":
-        raise ConfigError("--offload brings blocks from the CPU to a GPU: give --device cuda.")
-    if (place / MANIFEST_FILE).is_file():
-        raise ConfigError(f"--offload is for runs, and {place} is a bundle. Give its run.")
+def _find_open_run(given: Path | None, runs: Path) -> Path:
+    """Find a run for what bundles cannot do, even if it has bundles.
+
+    Raises: ConfigError if a bundle is given; ModelError if there is no run.
+    """
+    if given is not None and any((p / MANIFEST_FILE).is_file() for p in (given, runs / given)):
+        raise ConfigError(
+            f"--offload and --accel-lora are for runs, and {given} is a bundle. Give its run; or "
+            "give --accel-lora to `fewshot-rt export`, which makes a bundle that has it."
+        )
+    return find_run(given, runs)

@@ -16,6 +16,20 @@ FOLDER = click.Path(path_type=Path)
 RUNS = Path("runs")
 
 
+class Steps(click.ParamType[int | None]):
+    """Denoising steps: a whole number, or auto, which is None."""
+
+    name = "auto|integer"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        """Read the number; wrong usage if it is none or below 1."""
+        if value == "auto":
+            return None
+        if not str(value).isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is neither auto nor a number from 1 on", param, ctx)
+        return int(value)
+
+
 def json_option(function: F) -> F:
     """Add `--json`."""
     return click.option(
@@ -27,6 +41,19 @@ def runs_option(function: F) -> F:
     """Add `--runs`: where run folders lie."""
     return click.option(
         "--runs", type=FOLDER, default=RUNS, show_default=True, help="Folder of the runs."
+    )(function)
+
+
+def acceleration_option(function: F) -> F:
+    """Add `--accel-lora`: published LoRAs that let a base do with few steps."""
+    return click.option(
+        "--accel-lora",
+        "acceleration",
+        multiple=True,
+        metavar="FILE[:SCALE]",
+        help="A published LoRA for few steps, added to the base under the run's own adapter; "
+        "predict with the --steps that it is made for. For a base of two transformers give two, "
+        "that for the noisier times first.",
     )(function)
 
 

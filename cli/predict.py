@@ -1,16 +1,25 @@
 """`fewshot-rt predict`: one answer for every image of a folder."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from fewshot_rt.predict import plan, predict
+from fewshot_rt.predict import Answered, plan, predict
+from fewshot_rt.samples import FOLDER as MAPS
 from fewshot_rt.tiles import Tiling
 
 from .models import open_model
-from .options import FOLDER, json_option, runs_option, write_result
+from .options import (
+    FOLDER,
+    Steps,
+    acceleration_option,
+    json_option,
+    runs_option,
+    write_result,
+)
 from .progress import meter, say
 
 MOST_LISTED = 10
@@ -23,17 +32,30 @@ MOST_LISTED = 10
     "--out", type=FOLDER, default=Path("answers"), show_default=True, help="Where answers go."
 )
 @click.option("--overwrite", is_flag=True, help="Answer again what is answered already.")
-@click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: as trained]")
+@click.option(
+    "--steps",
+    type=Steps(),
+    default="auto",
+    show_default=True,
+    help="Denoising steps; auto takes as few as the training found enough.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
     "--offload", is_flag=True, help="Bring a large base's blocks to the GPU one by one: slower."
 )
+@acceleration_option
 @click.option("--tile", is_flag=True, help="Answer by windows, at the images' own resolution.")
 @click.option(
     "--overlap",
     type=float,
     metavar="SHARE",
     help=f"Share of a window that the next covers too.  [default: {Tiling.overlap}]",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Answer from N noises: their mean, and a map of where they disagree.",
 )
 @runs_option
 @json_option
@@ -45,8 +67,10 @@ def command(
     steps: int | None,
     device: str,
     offload: bool,
+    acceleration: tuple[str, ...],
     tile: bool,
     overlap: float | None,
+    samples: int | None,
     runs: Path,
     as_json: bool,
 ) -> int:
@@ -61,32 +85,33 @@ def command(
     answers blended, so that large images keep full detail. Things then appear as large as they are
     in the image's own pixels. Train for it on pairs that are crops of the model's size at the same
     magnification. Images smaller than a window are continued by their mirror image.
+
+    With --samples the answer is the mean of N (of labels, the class for which they speak most), and
+    the folder disagreement/ of --out has a gray PNG of the same name, bright where they disagree:
+    for pictures and gray, their standard deviation, where 255 is 0.5 (pixels from 0 to 1), the
+    largest there can be; for masks and labels, the share of samples that differ from the answer,
+    where 255 is all. An answer is kept only if this file is there, too. Train for it with
+    --objective diffusion or grid.
     """
-    tiling = _tiling(tile, overlap)
-    jobs = plan(source, out)
+    tiling = _tiling(tile, overlap, samples)
+    jobs = plan(source, out, is_sampled=samples is not None)
     started = time.monotonic()
-    predictor, place = open_model(model, runs, device=device, steps=steps, offload=offload)
+    predictor, place = open_model(
+        model, runs, device=device, steps=steps, offload=offload, acceleration=acceleration
+    )
     say(f"model: {place}")
-    counts = {"done": 0, "kept": 0, "failed": 0}
-    failed: list[dict[str, str]] = []
-    with meter("predict") as shown:
-        results = predict(predictor, jobs, overwrite=overwrite, tiling=tiling)
-        for number, result in enumerate(results, start=1):
-            counts[result.status] += 1
-            if result.status == "failed":
-                failed.append({"image": str(result.job.source), "error": result.error})
-            shown.show(number / len(jobs), f"{number} of {len(jobs)}")
+    results = predict(predictor, jobs, overwrite=overwrite, tiling=tiling, samples=samples)
+    counts, failed = _count(results, len(jobs))
     seconds = time.monotonic() - started
     _say_failed(failed)
-    say(
-        f"{counts['done']} answered, {counts['kept']} kept as they were, "
-        f"{counts['failed']} failed "
-        f"in {seconds:.1f} s: {out}"
-    )
+    _say_counts(counts, f"in {seconds:.1f} s: {out}")
+    if samples:
+        say(f"where the {samples} samples disagree: {out / MAPS}")
     summary = {
         "out": out,
         "model": place,
         "tiling": asdict(tiling) if tiling else None,
+        "samples": samples,
         **counts,
         "failures": failed,
         "seconds": round(seconds, 3),
@@ -95,13 +120,33 @@ def command(
     return 1 if failed else 0
 
 
-def _tiling(tile: bool, overlap: float | None) -> Tiling | None:
-    """Make of both flags what they mean together. Raises: UsageError, ConfigError."""
+def _count(results: Iterator[Answered], total: int) -> tuple[dict[str, int], list[dict[str, str]]]:
+    """Count what became of the images, by status, and list those that failed."""
+    counts = {"done": 0, "kept": 0, "failed": 0}
+    failed: list[dict[str, str]] = []
+    with meter("predict") as shown:
+        for number, result in enumerate(results, start=1):
+            counts[result.status] += 1
+            if result.status == "failed":
+                failed.append({"image": str(result.job.source), "error": result.error})
+            shown.show(number / total, f"{number} of {total}")
+    return counts, failed
+
+
+def _tiling(tile: bool, overlap: float | None, samples: int | None) -> Tiling | None:
+    """Make of the flags what they mean together. Raises: UsageError, ConfigError."""
+    if tile and samples:
+        raise click.UsageError("windows are not sampled: give --tile or --samples, not both.")
     if overlap is None:
         return Tiling() if tile else None
     if not tile:
         raise click.UsageError("--overlap is a share of a window: give --tile with it.")
     return Tiling(overlap=overlap)
+
+
+def _say_counts(counts: dict[str, int], rest: str) -> None:
+    done, kept, failed = (counts[status] for status in ("done", "kept", "failed"))
+    say(f"{done} answered, {kept} kept as they were, {failed} failed {rest}")
 
 
 def _say_failed(failed: list[dict[str, str]]) -> None:

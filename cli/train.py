@@ -8,6 +8,7 @@ import click
 
 from fewshot_rt.config import make, read_mapping
 from fewshot_rt.errors import ConfigError, ModelError
+from fewshot_rt.ladder import CURVE_FILE
 from fewshot_rt.runs import CONFIG_FILE, newest_run, read_run
 from fewshot_rt.train_config import TrainConfig
 
@@ -56,16 +57,44 @@ def command(
 
     with meter("train") as shown:
         for step in fit(pairs, folder, settings, overwrite=overwrite):
-            note = f"step {step.step}  loss {step.loss:.4f}"
+            if step.stage == "train":
+                last = step
+            note = f"{step.stage} step {step.step}  loss {step.loss:.4f}".removeprefix("train ")
             left = step.seconds_left if step.gradient_norm else None
             shown.show(step.progress, note if left is not None else "encoded", seconds_left=left)
     seconds = time.monotonic() - started
-    say(f"trained {step.step} steps in {seconds:.0f} s: {folder}")
+    say(f"trained {last.step} steps in {seconds:.0f} s: {folder}")
+    tried = _tried(folder)
     say(f"look at   {folder / 'panels'}\nnext      fewshot-rt export, or fewshot-rt predict DIR")
     write_result(
-        {"run": folder, "steps": step.step, "loss": step.loss, "seconds": round(seconds, 1)},
+        {
+            "run": folder,
+            "steps": last.step,
+            "loss": last.loss,
+            "recommended_steps": tried and tried["recommended_steps"],
+            "seconds": round(seconds, 1),
+        },
         as_json=as_json,
     )
+
+
+def _tried(folder: Path) -> dict[str, Any] | None:
+    """Say what trying numbers of denoising steps brought, if any were tried."""
+    if not (folder / CURVE_FILE).is_file():
+        return None
+    tried = read_mapping(folder / CURVE_FILE)
+    rung = next(
+        rung
+        for rung in tried["tried"]
+        if (rung["steps"], rung["noise"]) == (tried["recommended_steps"], tried["noise"])
+    )
+    steps, metric = tried["recommended_steps"], tried["metric"]
+    images = f"{tried['images']} {'held-out' if tried['is_held_out'] else 'trained-on'}"
+    say(
+        f"answers in {steps} step{'s' * (steps > 1)} from {tried['noise']} noise: {metric} "
+        f"{rung['scores'][metric]:.3g} on {images} image{'s' * (tried['images'] > 1)}"
+    )
+    return tried
 
 
 def _fresh_name(pairs: Path) -> str:

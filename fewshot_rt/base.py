@@ -1,6 +1,7 @@
 """What every frozen video model looks like from above, whatever its family."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from .schedule import Schedule
@@ -9,7 +10,8 @@ from .train_config import Suited
 from .transition import Transition
 
 if TYPE_CHECKING:
-    from torch import Tensor, device, nn
+    import torch
+    from torch import Tensor, nn
 
 
 class Base(Protocol):
@@ -20,7 +22,8 @@ class Base(Protocol):
     batch: images that a prediction answers at once.
     suited: settings of training that suit an adapter, for those that are not given.
     transition: the one that suits the base, for tasks that state none.
-    comfy_names: parts of layers' names, and ComfyUI's for them; None where it has no such model.
+    comfy_names: parts of layers' names, and ComfyUI's for them, which published LoRAs have, too;
+    None where it has no such model.
     Pixels are in [-1, 1]; latents are normalised to about unit variance.
     """
 
@@ -33,7 +36,16 @@ class Base(Protocol):
     suited: Suited
     transition: Transition
     comfy_names: Mapping[str, str] | None
-    device: "device"
+
+    @property
+    def device(self) -> "torch.device":
+        """Where arithmetic runs."""
+        ...
+
+    @property
+    def has_tiny_decoder(self) -> bool:
+        """Say whether decoding is cheap enough for every update of a training."""
+        ...
 
     def networks(self) -> "dict[str, nn.Module]":
         """Give the networks besides the denoiser, by name."""
@@ -50,10 +62,10 @@ class Base(Protocol):
         """
         ...
 
-    def offload(self) -> None:
+    def offloaded(self) -> AbstractContextManager[None]:
         """Keep the denoiser on the CPU from now on, and bring its blocks one after the other.
 
-        For prediction; whatever adapter there is must be in place.
+        For prediction. Within the context nothing is brought yet: an adapter is put in place there.
         Raises: ModelError if the base is not made for it.
         """
         ...

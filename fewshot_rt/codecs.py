@@ -4,7 +4,7 @@ Axes: H W pixels of a file, h w pixels of a model, K colours. File pixels are ui
 [H, W] where all three channels are one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,12 +98,26 @@ class Codec:
         Raises: ModelError if a value is not finite.
         """
         if self.name == "labels":
-            return self._file_pixels(_scores(answer, size, len(self.colours)).argmax(axis=0))
+            return self.vote([answer], size)
         values = from_model(answer, size)
         if self.name == "rgb":
             return to_uint8(values)
         gray = values.mean(axis=-1)
         return to_uint8(gray) if self.name == "gray" else self._file_pixels((gray > 0).astype(int))
+
+    def vote(self, answers: Sequence[Floats], size: tuple[int, int]) -> Pixels:
+        """Give the file of several answers in labels: at each pixel the class of the highest score.
+
+        Scores are added over the answers. Blended colours could show a class that no answer has.
+
+        Shapes: answers [3, h, w] each; size (H, W); result uint8 [H, W] or [H, W, 3].
+        Raises: ModelError if a value is not finite.
+        """
+        first, *others = answers
+        scores = _scores(first, size, len(self.colours))
+        for answer in others:
+            scores = scores + _scores(answer, size, len(self.colours))
+        return self._file_pixels(scores.argmax(axis=0))
 
     def values(self, pixels: Pixels) -> NDArray[Any]:
         """Give what metrics compare.

@@ -30,8 +30,11 @@ def comfy_weights(
 
 
 def comfy_name(layer: str, names: Mapping[str, str]) -> str:
-    """Name a layer as ComfyUI does, by its whole parts: "attn1.to_q" is none of "attn1.to_qk"."""
-    dotted = f".{layer}."
+    """Name a layer as ComfyUI does, by its whole parts: "attn1.to_q" is none of "attn1.to_qk".
+
+    A part that begins with a dot is one with nothing before it.
+    """
+    dotted = f"..{layer}."
     for part, theirs in names.items():
         dotted = dotted.replace(f".{part}.", f".{theirs}.")
     return dotted.strip(".")

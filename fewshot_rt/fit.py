@@ -4,13 +4,14 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
+from torch import Tensor
 
 from .adapter import Provenance, snapshot
 from .base import Base
@@ -19,12 +20,13 @@ from .config import make
 from .device import enough_memory, pick_device
 from .errors import ModelError
 from .evaluate import write_panel
-from .files import reported, write_text
+from .files import reported, write_json, write_text
 from .images import Floats, read_image
+from .ladder import Rung, climb, write_curve
 from .latents import embed_prompt
-from .parallel import join, leave
+from .parallel import join, leave, own_rank
 from .predict import answer_images
-from .predictor import Predictor
+from .predictor import Predictor, Recipe
 from .runs import (
     CONFIG_FILE,
     base_predictor,
@@ -34,7 +36,7 @@ from .runs import (
     read_run,
     write_run,
 )
-from .task import Task
+from .task import Pair, Task
 from .train import (
     STATE_FILE,
     TrainStep,
@@ -44,10 +46,12 @@ from .train import (
     train,
 )
 from .train_config import TrainConfig
+from .trial import Trial, plan_trial
 
 PANELS = 4  # written on the way, besides the one before the first step
 PANEL_ROWS = 4
 TRIAL_STEPS = 4
+TRIAL = "trial"  # folder of an adapter that is only tried
 # Merging adds the update to the weights, attaching adds it to the output: arithmetic may differ.
 RELOAD_TOLERANCE = 1e-4
 # Layers of int8 treat large activations apart, by a threshold: measured, 8e-3 and 1.3e-2.
@@ -90,17 +94,12 @@ def _fit(
     """Train as one process of `fit`. begun: the run to go on with, if not in the folder."""
     begun = begun or folder
     task = Task.load(pairs)
-    shots = len(task.split("train").pairs) if config.shots is None else config.shots
-    chosen = task.shots(shots, config.seed)
-    config = replace(
-        config,
-        shots=shots,
-        base=settled(config.base),
-        vae=config.vae and str(Path(config.vae).resolve()),
-    )
+    config = _settled(config, task)
+    chosen = task.shots(config.shots or 0, config.seed)
     parse_augmentation(config, chosen)  # before anything is written
+    trial = plan_trial(task, chosen, config.hold_out)
     base = open_chosen(config)
-    task, chosen = (each.played(base.transition) for each in (task, chosen))
+    task, chosen = (each.played(base.transition) for each in (task, trial.learned))
     base.play(task.transition)
     config = replace(config, **vars(config.suited(base.suited)))
     if overwrite:
@@ -113,7 +112,8 @@ def _fit(
     prompt = embed_prompt(base, task.prompt, cache=cache)
     encode_pairs(base, chosen, config, cache=cache)
     write_run(folder, base=base, config=config, task=chosen, recipe=recipe, prompt=prompt)
-    shown = _Shown(folder, task, base_predictor(base, recipe, prompt, origin=str(folder)))
+    pairs_shown = trial.tried or task.pairs
+    shown = _Shown(folder, pairs_shown, base_predictor(base, recipe, prompt, origin=str(folder)))
     bare = shown.predictor.answer(probe(shown.predictor))
     log = folder / "metrics.jsonl"
     for step in train(base, chosen, config, folder, cache=cache, begun=begun):
@@ -128,11 +128,56 @@ def _fit(
     snapshot(base, provenance).save(folder)
     shown.write(step.step)
     trained = shown.predictor.answer(probe(shown.predictor))
+    rungs = [] if trial.apart else list(_try(shown.predictor, trial))
     del shown, base  # a base is opened anew, and both may not fit a GPU
     gc.collect()
     require_effect(folder, bare, trained, config)
+    if trial.apart:
+        rungs = yield from _try_apart(folder, trial, config, recipe, prompt, begun=begun)
+    if rungs:
+        _recommend(folder, rungs, trial)
     write_text(folder / "card.md", _card(provenance, log, chosen, config))
     mark_latest(folder)
+
+
+def _try(predictor: Predictor, trial: Trial) -> Iterator[Rung]:
+    """Try numbers of steps on a trial's pairs; one process is enough."""
+    if trial.tried and own_rank() == 0:
+        images = [read_image(pair.source) for pair in trial.tried]
+        targets = [read_image(pair.target) for pair in trial.tried]
+        yield from climb(predictor, images, targets)
+
+
+def _try_apart(
+    folder: Path,
+    trial: Trial,
+    config: TrainConfig,
+    recipe: Recipe,
+    prompt: Mapping[str, Tensor],
+    *,
+    begun: Path,
+) -> Generator[TrainStep, None, list[Rung]]:
+    """Train another adapter on fewer pairs, try it, and let it go."""
+    base = open_chosen(config)
+    task = (trial.apart or trial.learned).played(base.transition)
+    base.play(task.transition)
+    place = folder / TRIAL
+    steps = train(base, task, config, place, cache=folder.parent / ".cache", begun=begun / TRIAL)
+    for step in steps:
+        yield replace(step, stage="trial")
+    rungs = list(_try(base_predictor(base, recipe, prompt, origin=str(place)), trial))
+    with reported(place):
+        shutil.rmtree(place)
+    return rungs
+
+
+def _recommend(folder: Path, rungs: Sequence[Rung], trial: Trial) -> None:
+    """Write what was tried into a run, and let it answer so."""
+    values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    metric = values["recipe"]["metrics"][0]
+    chosen = write_curve(folder, rungs, metric=metric, is_held_out=trial.is_held_out)
+    values["recipe"] |= {"steps": chosen.steps, "noise": chosen.noise}
+    write_json(folder / CONFIG_FILE, values)
 
 
 def estimate(task: Task, config: TrainConfig) -> dict[str, float]:
@@ -142,6 +187,8 @@ def estimate(task: Task, config: TrainConfig) -> dict[str, float]:
     """
     available = len(task.split("train").pairs)
     pairs = available if config.shots is None else min(config.shots, available)
+    trial_plan = plan_trial(task, task.shots(pairs, config.seed), config.hold_out)
+    pairs = len(trial_plan.learned.pairs)
     config = replace(config, device=pick_device(config.device))
     trial = replace(config, steps=TRIAL_STEPS, variants=1, minutes=None)
     base = open_chosen(config)
@@ -159,12 +206,21 @@ def estimate(task: Task, config: TrainConfig) -> dict[str, float]:
     seconds = encoding + (marks[-1] - marks[-2]) * config.steps
     if config.minutes:
         seconds = min(seconds, encoding + 60 * config.minutes)
+    if trial_plan.apart:
+        seconds *= 2
     return {"seconds": seconds, "memory_gb": psutil.Process().memory_info().rss / 1e9}
 
 
 def open_chosen(config: TrainConfig) -> Base:
     """Open the base that settings name, as they say."""
     return open_base(config.base, device=config.device, weights=config.weights, vae=config.vae)
+
+
+def _settled(config: TrainConfig, task: Task) -> TrainConfig:
+    """Give settings that say how many pairs, and whose paths hold from any other folder."""
+    shots = len(task.split("train").pairs) if config.shots is None else config.shots
+    vae = config.vae and str(Path(config.vae).resolve())
+    return replace(config, shots=shots, base=settled(config.base), vae=vae)
 
 
 def settled(base: str) -> str:
@@ -232,9 +288,9 @@ def probe(predictor: Predictor) -> Floats:
 class _Shown:
     """Panels of the same few pairs, from step 0 on: held-out ones where there are any."""
 
-    def __init__(self, folder: Path, task: Task, predictor: Predictor) -> None:
+    def __init__(self, folder: Path, pairs: Sequence[Pair], predictor: Predictor) -> None:
         self.folder, self.predictor = folder, predictor
-        pairs = (task.split("test").pairs or task.pairs)[:PANEL_ROWS]
+        pairs = pairs[:PANEL_ROWS]
         self.images = [read_image(pair.source) for pair in pairs]
         self.targets = [read_image(pair.target) for pair in pairs]
         self.next = 0.0

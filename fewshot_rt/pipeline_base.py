@@ -6,7 +6,8 @@ autoencoder can stand in for the family's own.
 Axes: B batch, C F h w latents, T H W pixels, L tokens, D width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -96,6 +97,11 @@ class PipelineBase(Generic[D]):
         return {name: self._bring(module) for name, module in self._others.items()}
 
     @property
+    def has_tiny_decoder(self) -> bool:
+        """Say whether a tiny autoencoder decodes."""
+        return self._tiny is not None
+
+    @property
     def autoencoder(self) -> Any:
         """The autoencoder, on the device."""
         return self._bring(self._others["autoencoder"])
@@ -110,14 +116,17 @@ class PipelineBase(Generic[D]):
         """Give the module that predicts; the same at every call."""
         return self._denoiser if self._is_offloaded else self._bring(self._denoiser)
 
-    def offload(self) -> None:
+    @contextmanager
+    def offloaded(self) -> Iterator[None]:
         """Keep the denoiser on the CPU from now on, and bring its blocks one after the other.
 
-        On a GPU the next block comes while one computes, from memory that is locked for it.
+        Within the context nothing is brought yet: an adapter is put in place there. On a GPU the
+        next block comes while one computes, from memory that is locked for it.
         """
         device = self.device
-        self._device = str(device)
+        self._device, self._is_offloaded = str(device), True
         _move(self._denoiser, "cpu")
+        yield
         has_streams = device.type != "cpu"
         for module in self._denoiser.modules():
             if isinstance(module, ModelMixin):
@@ -127,7 +136,6 @@ class PipelineBase(Generic[D]):
                     use_stream=has_streams,
                     record_stream=has_streams,
                 )
-        self._is_offloaded = True
 
     def play(self, transition: Transition) -> None:
         """Place the last latent frame in time where a transition has it.

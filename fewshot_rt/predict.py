@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DataError, FewshotError, ModelError
+from .errors import ConfigError, DataError, FewshotError, ModelError
 from .images import Pixels, find_images, read_image, to_model, write_image
-from .predictor import Predictor
+from .predictor import Floats, Predictor, draw_noises
+from .samples import FOLDER, decode_samples
 from .tiles import Tiling, answer_tiled
 
 THREADS = 4
@@ -26,15 +27,21 @@ AHEAD = 3  # batches read before they are needed
 
 @dataclass(frozen=True)
 class Job:
-    """One image to answer, and where its answer goes."""
+    """One image to answer, and where its answer goes; where its map of disagreement, if sampled."""
 
     source: Path
     answer: Path
+    disagreement: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Name what is written."""
+        return (self.answer,) if self.disagreement is None else (self.answer, self.disagreement)
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What became of one image. status: "done", "kept" (it was there) or "failed"."""
+    """What became of one image. status: "done", "kept" (all was there) or "failed"."""
 
     job: Job
     status: str
@@ -49,6 +56,10 @@ class _Loaded:
     size: tuple[int, int]
 
 
+# Gives the pixels of a job's files.
+_Finish = Callable[[], tuple[Pixels, ...]]
+
+
 class _Way(Protocol):
     """How images become answers: loaded and finished by threads, answered a few at a time."""
 
@@ -59,7 +70,7 @@ class _Way(Protocol):
     def load(self, pixels: Pixels) -> _Loaded:
         """Make an image ready. Shapes: uint8 [H, W, 3]."""
 
-    def answer(self, loaded: list[_Loaded]) -> list[Callable[[], Pixels]]:
+    def answer(self, loaded: list[_Loaded]) -> list[_Finish]:
         """Run the model; give what is left to do to each answer."""
 
 
@@ -77,10 +88,28 @@ class _Whole:
         height, width = pixels.shape[:2]
         return _Loaded(to_model(pixels, self.predictor.recipe.size), (height, width))
 
-    def answer(self, loaded: list[_Loaded]) -> list[Callable[[], Pixels]]:
+    def answer(self, loaded: list[_Loaded]) -> list[_Finish]:
         answers = self.predictor.answer(np.stack([item.values for item in loaded]))
-        decode = self.predictor.recipe.codec.decode
-        return [partial(decode, a, item.size) for a, item in zip(answers, loaded, strict=True)]
+        return [partial(self.decode, a, i.size) for a, i in zip(answers, loaded, strict=True)]
+
+    def decode(self, answer: Floats, size: tuple[int, int]) -> tuple[Pixels, ...]:
+        """Give the one file of an answer."""
+        return (self.predictor.recipe.codec.decode(answer, size),)
+
+
+@dataclass(frozen=True)
+class _Sampled(_Whole):
+    """The same from several noises: the mean answer, and the map of disagreement."""
+
+    noises: Floats
+
+    def answer(self, loaded: list[_Loaded]) -> list[_Finish]:
+        images = np.stack([item.values for item in loaded])
+        answers = self.predictor.answer_samples(images, self.noises)
+        return [partial(self.decode, a, i.size) for a, i in zip(answers, loaded, strict=True)]
+
+    def decode(self, answer: Floats, size: tuple[int, int]) -> tuple[Pixels, ...]:
+        return decode_samples(self.predictor.recipe.codec, answer, size)
 
 
 @dataclass(frozen=True)
@@ -95,18 +124,21 @@ class _Tiled:
         height, width = pixels.shape[:2]
         return _Loaded(pixels, (height, width))
 
-    def answer(self, loaded: list[_Loaded]) -> list[Callable[[], Pixels]]:
+    def answer(self, loaded: list[_Loaded]) -> list[_Finish]:
         answers = [answer_tiled(self.predictor, i.values, tiling=self.tiling) for i in loaded]
-        return [partial(np.asarray, answer) for answer in answers]
+        return [partial(tuple, [answer]) for answer in answers]
 
 
-def plan(source: Path, out: Path) -> list[Job]:
+def plan(source: Path, out: Path, *, is_sampled: bool = False) -> list[Job]:
     """List the images of a folder (or one image) and where their answers go.
 
     An answer has the relative name of its image with the suffix .png; where two images differ only
     in their suffix, the whole name is kept (a.jpg.png). Images inside `out` are left alone.
-    Raises: DataError if there is no image, if an answer would replace an image or come to lie
-    outside `out`, or if two answers would have one name.
+
+    is_sampled: plan maps of disagreement too, in the folder "disagreement" of `out` under the names
+        of the answers. A map is never given the name of another image's answer.
+    Raises: DataError if there is no image, if a file would replace an image or come to lie outside
+    `out`, or if two files would have one name.
     """
     if not source.exists():
         raise DataError(f"{source} does not exist. Give an image or a folder of images.")
@@ -121,7 +153,9 @@ def plan(source: Path, out: Path) -> list[Job]:
         answer = name.with_suffix(".png")
         if taken[_folded(answer)] > 1:
             answer = name.with_name(f"{name.name}.png")
-        jobs.append(Job(path, _inside(out, out / answer)))
+        beside = _inside(out, out / FOLDER / answer) if is_sampled else None
+        jobs.append(Job(path, _inside(out, out / answer), beside))
+    _require_apart(jobs)
     _require_unique(jobs)
     return jobs
 
@@ -136,15 +170,22 @@ def _images(source: Path, out: Path) -> list[Path]:
     return images
 
 
+def _require_apart(jobs: list[Job]) -> None:
+    images = {_folded(job.source.resolve()) for job in jobs}
+    for path in (path for job in jobs for path in job.files):
+        if _folded(path.resolve()) in images:
+            raise DataError(f"{path} is one of the images. Give another --out for the answers.")
+
+
 def _require_unique(jobs: list[Job]) -> None:
     first: dict[str, Job] = {}
     for job in jobs:
-        other = first.setdefault(_folded(job.answer), job)
-        if other is not job:
-            raise DataError(
-                f"{other.source} and {job.source} would both be answered as {job.answer}. "
-                "Rename one."
-            )
+        for path in job.files:
+            other = first.setdefault(_folded(path), job)
+            if other is not job:
+                raise DataError(
+                    f"{other.source} and {job.source} would both be answered in {path}. Rename one."
+                )
 
 
 def _folded(path: Path) -> str:
@@ -158,16 +199,20 @@ def predict(
     *,
     overwrite: bool = False,
     tiling: Tiling | None = None,
+    samples: int | None = None,
 ) -> Iterator[Answered]:
     """Answer images and write the answers, yielding each as it is settled.
 
-    An answer that is there is kept unless `overwrite`. An image that cannot be read or an answer
-    that cannot be written is yielded as failed, and the rest goes on.
+    What a job writes is kept if all of it is there, unless `overwrite`. An image that cannot be
+    read or an answer that cannot be written is yielded as failed, and the rest goes on.
 
     tiling: answer by windows at each image's own resolution, as `answer_tiled` does; without it,
     images are resized to the model's size.
+    samples: answer from so many noises, and write what `decode_samples` makes of them; jobs must be
+    planned with `is_sampled`.
+    Raises: ConfigError if samples are taken by windows, are less than 2, or would all be alike.
     """
-    way = _way(predictor, tiling)
+    way = _way(predictor, tiling, samples)
     todo = iter(jobs)
     waiting: deque[tuple[list[Job], list[Future[_Loaded]]]] = deque()
     writing: deque[tuple[Job, Future[None]]] = deque()
@@ -197,27 +242,31 @@ def answer_images(
     tiling: as for `predict`.
     Shapes: images uint8 [H, W, 3]; results uint8 [H, W] or [H, W, 3], as the codec writes them.
     """
-    way = _way(predictor, tiling)
+    way = _way(predictor, tiling, None)
     answers: list[Pixels] = []
     for start in range(0, len(images), way.images):
         loaded = [way.load(pixels) for pixels in images[start : start + way.images]]
-        answers += [finish() for finish in way.answer(loaded)]
+        answers += [finish()[0] for finish in way.answer(loaded)]
     return answers
 
 
-def _way(predictor: Predictor, tiling: Tiling | None) -> _Way:
+def _way(predictor: Predictor, tiling: Tiling | None, samples: int | None) -> _Way:
+    if samples is not None:
+        if tiling is not None:
+            raise ConfigError("windows are not sampled: leave out the tiles or the samples.")
+        return _Sampled(predictor, draw_noises(predictor.recipe, samples))
     return _Whole(predictor) if tiling is None else _Tiled(predictor, tiling)
 
 
 def _next_batch(todo: Iterator[Job], count: int, *, overwrite: bool) -> tuple[list[Job], list[Job]]:
-    """Take jobs up to a full batch; give those to do, and those whose answer is kept."""
+    """Take jobs up to a full batch; give those to do, and those that are kept."""
     batch: list[Job] = []
     kept: list[Job] = []
     while len(batch) < count:
         taken = list(islice(todo, 1))
         if not taken:
             break
-        is_kept = taken[0].answer.exists() and not overwrite
+        is_kept = not overwrite and all(path.exists() for path in taken[0].files)
         (kept if is_kept else batch).append(taken[0])
     return batch, kept
 
@@ -253,8 +302,13 @@ def _answer_batch(
         writing.append((job, pool.submit(_write, job, finish)))
 
 
-def _write(job: Job, finish: Callable[[], Pixels]) -> None:
-    write_image(job.answer, finish())
+def _write(job: Job, finish: _Finish) -> None:
+    finished = finish()
+    # An old map must not pass for that of the new answer if this is interrupted in between.
+    if job.disagreement is not None:
+        job.disagreement.unlink(missing_ok=True)
+    for path, pixels in zip(job.files, finished, strict=True):
+        write_image(path, pixels)
 
 
 def _settled(writing: "deque[tuple[Job, Future[None]]]", *, leave: int) -> Iterator[Answered]:

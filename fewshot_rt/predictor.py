@@ -1,6 +1,6 @@
 """A predictor: three roles and a recipe make an answer of an image. NumPy only.
 
-Axes: B batch, C channels, F latent frames, h w latent grid, H W pixels.
+Axes: B batch, N noises, C channels, F latent frames, h w latent grid, H W pixels.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,8 @@ class Recipe:
     """All that answering takes besides the networks; kept in run folders and bundles as JSON.
 
     size: (H, W) that the model sees. latent_shape: (C, F, h, w). noise: "zero", or "seeded" (drawn
-    from `seed`, the same for every image). solver, start: see `sample`. batch: images answered at
+    from `seed`, the same for every image). trained_noise: the kind that the adapter learned from,
+    whatever it answers best from. solver, start: see `sample`. batch: images answered at
     once; the last batch is filled up, so that an answer does not depend on how many images came
     with it.
     """
@@ -38,14 +39,16 @@ class Recipe:
     schedule: Schedule
     steps: int = 1
     noise: str = "zero"
+    trained_noise: str = "zero"
     seed: int = 0
     solver: str = "euler"
     start: float = 1.0
     batch: int = 4
 
     def __post_init__(self) -> None:
-        if self.noise not in NOISES:
-            raise ConfigError(unknown("noise", self.noise, NOISES))
+        for noise in (self.noise, self.trained_noise):
+            if noise not in NOISES:
+                raise ConfigError(unknown("noise", noise, NOISES))
         if self.solver not in SOLVERS:
             raise ConfigError(unknown("solver", self.solver, SOLVERS))
         if not 0 < self.start <= 1:
@@ -93,11 +96,40 @@ class Predictor:
         Shapes: images, result [B, 3, H, W] at the recipe's size, B from 1 to the recipe's batch.
         Units: pixels in [-1, 1]; the result may leave it a little.
         """
+        return self._walk(self._encode(images), self._noise)[: len(images)]
+
+    def answer_samples(self, images: Floats, noises: Floats) -> Floats:
+        """Answer every image from each of several noises, as `draw_noises` gives them.
+
+        Images are encoded once. The rows of all images and noises fill the batches, so that as many
+        noises of one image as fit into a batch are one pass.
+
+        Shapes: images [B, 3, H, W] as for `answer`; noises [N, C, F, h, w]; result [B, N, 3, H, W].
+        Units: pixels in [-1, 1]; the result may leave it a little.
+        """
+        conditions, batch = self._encode(images), self.recipe.batch
+        count = len(images) * len(noises)
+        answers = []
+        for start in range(0, count, batch):
+            # The last batch is filled up with its last row.
+            rows = np.minimum(np.arange(start, start + batch), count - 1)
+            image, noise = np.divmod(rows, len(noises))
+            taken = {name: value[image] for name, value in conditions.items()}
+            answers.append(self._walk(taken, noises[noise]))
+        pixels = np.concatenate(answers)[:count]
+        return pixels.reshape(len(images), len(noises), *pixels.shape[1:])
+
+    def _encode(self, images: Floats) -> dict[str, np.ndarray]:
+        """Give what the denoiser takes of images. Shapes: images [B, 3, H, W], filled up."""
         count, batch = len(images), self.recipe.batch
         if count < batch:
             filler = np.repeat(images[-1:], batch - count, axis=0)
             images = np.concatenate([images, filler])
-        conditions = self.runners["encoder"]({"image": images}) | dict(self.prompt)
+        return self.runners["encoder"]({"image": images})
+
+    def _walk(self, conditions: Mapping[str, np.ndarray], noise: Floats) -> Floats:
+        """Denoise and decode one full batch. Shapes: noise [B, C, F, h, w]; result [B, 3, H, W]."""
+        conditions = {**conditions, **self.prompt}
 
         def denoise(noisy: Floats, time: Floats) -> Floats:
             tensors = {"noisy": noisy, "time": time, **conditions}
@@ -106,8 +138,8 @@ class Predictor:
         way = {
             name: getattr(self.recipe, name) for name in ("schedule", "steps", "solver", "start")
         }
-        *_, last = sample(denoise, self._noise, **way)
-        return self.runners["decoder"]({"latents": last.latents})["image"][:count]
+        *_, last = sample(denoise, noise, **way)
+        return self.runners["decoder"]({"latents": last.latents})["image"]
 
     def with_recipe(self, **changes: Any) -> "Predictor":
         """Give the same model with another number of steps, batch and so on.
@@ -118,8 +150,29 @@ class Predictor:
         return Predictor(self.runners, prompt=self.prompt, recipe=recipe, origin=self.origin)
 
     def _draw_noise(self) -> Floats:
-        shape = self.recipe.latent_shape
         if self.recipe.noise == "zero":
-            return np.zeros((self.recipe.batch, *shape), np.float32)
-        one = np.random.default_rng(self.recipe.seed).standard_normal(shape, np.float32)
-        return np.repeat(one[None], self.recipe.batch, axis=0)
+            return np.zeros((self.recipe.batch, *self.recipe.latent_shape), np.float32)
+        return np.repeat(_seeded(self.recipe, 1), self.recipe.batch, axis=0)
+
+
+def draw_noises(recipe: Recipe, count: int) -> Floats:
+    """Draw noises for several answers to one image; the first is the one that `answer` uses.
+
+    They are the same for every image, and those of a smaller count come first.
+
+    Shapes: [N, C, F, h, w].
+    Raises: ConfigError if the count is below 2 or the model learned from no noise.
+    """
+    if count < 2:
+        raise ConfigError(f"samples must be at least 2 to disagree, not {count}.")
+    if recipe.trained_noise == "zero":
+        raise ConfigError(
+            "this model learned from zero noise alone, and samples from other noise would say "
+            "nothing. Train with --objective diffusion or grid, or answer without samples."
+        )
+    return _seeded(recipe, count)
+
+
+def _seeded(recipe: Recipe, count: int) -> Floats:
+    rng = np.random.default_rng(recipe.seed)
+    return rng.standard_normal((count, *recipe.latent_shape), np.float32)

@@ -20,7 +20,7 @@ SCHEDULE = Schedule(kind="flow")  # that of pocket
 LATENT_NOISE = 0.02
 # Latents beyond this are pressed back: the decoder clamps at 3.
 WIDEST_LATENT = 2
-# Times are logit-normal, as in `train.diffusion_loss`, and not below this.
+# Times are logit-normal, as in `objectives.diffusion_loss`, and not below this.
 EARLIEST = 0.01
 
 

@@ -8,6 +8,7 @@ bundles/      what `export` writes                        metrics.jsonl, panels/
 import json
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from .predictor import Predictor, Recipe
 from .versions import versions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -31,12 +32,14 @@ HINT = "Train one: fewshot-rt train PAIRS. Or name another with --runs, or a pat
 CONFIG_FILE, TASK_FILE, MANIFEST_FILE = "config.json", "task.json", "manifest.json"
 PROMPT_FILE = "prompt.safetensors"
 # Steps and noise that fit what was learned; seeds are those of training.
-SAMPLING = {"onestep": (1, "zero"), "diffusion": (8, "seeded")}
+SAMPLING = {"onestep": (1, "zero"), "grid": (4, "seeded"), "diffusion": (8, "seeded")}
 
 
 def make_recipe(base: "Base", task: "Task", config: "TrainConfig") -> Recipe:
     """Give the recipe that fits an adapter trained with these settings."""
     steps, noise = SAMPLING[config.objective]
+    if config.objective == "grid":
+        steps = config.grid_steps
     height, width = config.pixels(base.geometry.native)
     frames = task.transition.frames
     latents = base.geometry.latent_shape(frames=frames, height=height, width=width)
@@ -49,7 +52,9 @@ def make_recipe(base: "Base", task: "Task", config: "TrainConfig") -> Recipe:
         schedule=base.schedule.at(math.prod(latents[1:])),
         steps=steps,
         noise=noise,
+        trained_noise=noise,
         seed=config.seed,
+        start=config.start if config.objective == "onestep" else 1.0,
         batch=base.batch,
     )
 
@@ -98,52 +103,78 @@ def read_run(folder: Path) -> dict[str, Any]:
     return values
 
 
-def open_merged(folder: Path) -> "tuple[Base, Adapter, dict[str, Any]]":
+def open_merged(
+    folder: Path, *, acceleration: "Sequence[str]" = ()
+) -> "tuple[Base, Adapter, dict[str, Any]]":
     """Open a run's base in fp32, on the CPU, with its adapter merged, for what is built of it.
 
-    The adapter is given and the run's settings too; "prompt" in them is the task's, embedded.
-    Raises: ModelError if the run, its adapter or its base is missing, damaged or does not fit.
+    acceleration: as `open_run` has it. The adapter is given and the run's settings too; in them,
+    "prompt" is the task's, embedded, and "acceleration" says which files were added.
+    Raises: ModelError if the run, its adapter, its base or such a file is missing, damaged or does
+    not fit; ConfigError for a wrong scale or number of files.
     """
-    base, adapter, values = _open(folder, device="cpu", weights="fp32")
+    base, adapter, values = _open(folder, device="cpu", weights="fp32", acceleration=acceleration)
     adapter.merge(base)
     return base, adapter, values
 
 
+def open_attached(folder: Path, *, device: str) -> "tuple[Base, Adapter, dict[str, Any]]":
+    """Open a run's base as it was trained on, with its adapter attached, to train on.
+
+    The adapter is given and the run's settings too; "prompt" in them is the task's, embedded.
+    Raises: ModelError if the run, its adapter or its base is missing, damaged or does not fit.
+    """
+    weights = read_run(folder)["train"].get("weights", "auto")
+    base, adapter, values = _open(folder, device=device, weights=weights)
+    adapter.attach(base)
+    return base, adapter, values
+
+
 def open_run(
-    folder: Path, *, device: str = "cpu", weights: str | None = None, offload: bool = False
+    folder: Path,
+    *,
+    device: str = "cpu",
+    weights: str | None = None,
+    offload: bool = False,
+    acceleration: "Sequence[str]" = (),
 ) -> Predictor:
     """Open a run as a predictor that runs in plain PyTorch.
 
     weights: how the base is kept, see `open_base`; by default as for training, but few bits, which
     only training needs. Where it is not in fp32, the adapter stays beside it: merged, much of a
     small update would be lost in rounding.
-    Raises: ModelError if the run, its adapter or its base is missing, damaged or does not fit, or
-    memory does not suffice.
+    acceleration: a published LoRA for each transformer of the base, FILE or FILE:SCALE, that is
+    added to the weights under the adapter.
+    Raises: ModelError if the run, its adapter, its base or such a file is missing, damaged or does
+    not fit, or memory does not suffice; ConfigError for a wrong scale or number of files.
     """
     from .adapter import is_exact
     from .device import enough_memory
 
     with enough_memory():
-        base, adapter, values = _open(folder, device=device, weights=weights)
-        if is_exact(base):
-            adapter.merge(base)
-        else:
-            adapter.attach(base)
-        if offload:
-            base.offload()
+        base, adapter, values = _open(
+            folder, device=device, weights=weights, acceleration=acceleration
+        )
+        with base.offloaded() if offload else nullcontext():
+            if is_exact(base):
+                adapter.merge(base)
+            else:
+                adapter.attach(base)
         return base_predictor(base, values["recipe"], values["prompt"], origin=str(folder))
 
 
 def _open(
-    folder: Path, *, device: str, weights: str | None
+    folder: Path, *, device: str, weights: str | None, acceleration: "Sequence[str]" = ()
 ) -> "tuple[Base, Adapter, dict[str, Any]]":
-    """Open a run's base, its adapter and its settings."""
+    """Open a run's base, accelerated, its adapter and its settings."""
+    from .acceleration import Acceleration, add_acceleration
     from .adapter import Adapter
     from .bases import open_base
     from .task import Task
 
     values = read_run(folder)
     adapter = Adapter.load(folder)
+    files = [Acceleration.parse(text) for text in acceleration]  # before the base is read
     trained = values["train"]
     # Runs of the first days do not say how.
     kept = trained.get("weights", "auto")
@@ -152,6 +183,9 @@ def _open(
     base = open_base(trained["base"], device=device, weights=weights, vae=trained.get("vae"))
     base.play(Task.from_dict(values["task"]).transition)
     values["prompt"] = _read_prompt(folder, base, values["task"]["prompt"])
+    values["acceleration"] = [file.to_dict() for file in files]
+    if files:
+        add_acceleration(base, files)
     return base, adapter, values
 
 

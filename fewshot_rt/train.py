@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .adapter import Provenance, add_lora
 from .augment import Augmentation
 from .base import Base
 from .device import arithmetic
 from .latents import embed_prompt, encode_task
+from .objectives import Loss, Predict, choose_loss
 from .optimise import Optimiser, Pace
 from .parallel import agree, own_rank
-from .schedule import Schedule
 from .state import load_state, save_state, uninterrupted
 from .task import Task
 from .train_config import TrainConfig
@@ -33,16 +32,34 @@ STATE_FILE = "state/train.pt"
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What one update tells. Units: progress in [0, 1]; seconds of training left, estimated."""
+    """What one update tells. Units: progress in [0, 1]; seconds of training left, estimated.
+
+    stage: "train", or "trial" for an adapter that is only tried and then let go.
+    """
 
     step: int
     loss: float
     progress: float
     seconds_left: float
     gradient_norm: float
+    stage: str = "train"
 
 
 Trainable = Callable[[Base], list[tuple[str, nn.Parameter]]]
+BatchLoss = Callable[[Predict, dict[str, Tensor], torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned from: tensors of N clips by name, and the loss of a batch of them.
+
+    own: the names that the loss takes; all others are conditions of the denoiser, as is the prompt.
+    """
+
+    encoded: dict[str, Tensor]
+    own: tuple[str, ...]
+    prompt: dict[str, Tensor]
+    loss: BatchLoss
 
 
 def train(
@@ -55,7 +72,27 @@ def train(
     trainable: Trainable | None = None,
     begun: Path | None = None,
 ) -> Iterator[TrainStep]:
-    """Train an adapter on the pairs of a task and leave it attached to the base.
+    """Train an adapter on the pairs of a task and leave it attached to the base; see `learn`."""
+    lesson = Lesson(
+        encoded=encode_pairs(base, task, config, cache=cache),
+        own=("clean",),
+        prompt=embed_prompt(base, task.prompt, cache=cache),
+        loss=_of_clips(choose_loss(config, base), base),
+    )
+    base.rest()
+    yield from learn(base, lesson, config, folder, trainable=trainable, begun=begun)
+
+
+def learn(
+    base: Base,
+    lesson: Lesson,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    trainable: Trainable | None = None,
+    begun: Path | None = None,
+) -> Iterator[TrainStep]:
+    """Minimise the loss of a lesson, and leave what was trained attached to the base.
 
     trainable: gives the parameters to train, by name, in place of a fresh adapter's.
     begun: where the state is to go on from, if not in the folder.
@@ -64,7 +101,7 @@ def train(
     draws batches of its own, and all step as one.
     Raises: ModelError if the gradient stops being a number.
     """
-    loop = _Loop(base, task, config, cache, trainable)
+    loop = _Loop(base, lesson, config, trainable)
     loop.resume((begun or folder) / STATE_FILE)
     yield TrainStep(loop.step_count, float("nan"), loop.progress(), loop.seconds_left(), 0.0)
     saved = time.monotonic()
@@ -118,21 +155,22 @@ def encode_pairs(base: Base, task: Task, config: TrainConfig, *, cache: Path) ->
     )
 
 
+def _of_clips(loss: Loss, base: Base) -> BatchLoss:
+    """Let a loss of clean latents take a batch."""
+
+    def of_batch(predict: Predict, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        return loss(base.schedule, predict, batch["clean"], generator, base.geometry.known_frames)
+
+    return of_batch
+
+
 class _Loop:
     """The adapter, its optimiser and its data, and how they are saved."""
 
     def __init__(
-        self,
-        base: Base,
-        task: Task,
-        config: TrainConfig,
-        cache: Path,
-        trainable: Trainable | None,
+        self, base: Base, lesson: Lesson, config: TrainConfig, trainable: Trainable | None
     ) -> None:
-        self.base, self.config = base, config
-        self.prompt = embed_prompt(base, task.prompt, cache=cache)
-        self.encoded = encode_pairs(base, task, config, cache=cache)
-        base.rest()
+        self.base, self.lesson, self.config = base, lesson, config
         self.suited = suited = config.suited(base.suited)
         adapter = partial(add_lora, rank=suited.rank, alpha=suited.alpha, seed=config.seed)
         for module in base.denoiser().modules() if suited.checkpointing else ():
@@ -176,21 +214,20 @@ class _Loop:
 
     def _draw(self) -> dict[str, Tensor]:
         """Draw a batch in which pairs come equally often, each in any variant."""
-        count = len(self.encoded["clean"])
+        encoded = self.lesson.encoded
+        count = len(encoded[self.lesson.own[0]])
         index = torch.randint(count, (self.suited.batch,), generator=self.generator)
-        return {name: v[index].to(self.base.device) for name, v in self.encoded.items()}
+        return {name: v[index].to(self.base.device) for name, v in encoded.items()}
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        clean = batch.pop("clean")
+        own = {name: batch.pop(name) for name in self.lesson.own}
         denoiser = self.base.denoiser()
 
         def predict(noisy: Tensor, moment: Tensor) -> Tensor:
-            prediction: Tensor = denoiser(noisy, moment, **batch, **self.prompt)
+            prediction: Tensor = denoiser(noisy, moment, **batch, **self.lesson.prompt)
             return prediction.float()
 
-        objective = OBJECTIVE_LOSSES[self.config.objective]
-        known = self.base.geometry.known_frames
-        return objective(self.base.schedule, predict, clean, self.generator, known)
+        return self.lesson.loss(predict, own, self.generator)
 
     def resume(self, path: Path) -> None:
         if path.is_file():
@@ -224,42 +261,3 @@ class _Loop:
     def take_average(self) -> None:
         for name, value in self.optimiser.averaged().items():
             self.optimiser.named[name].copy_(value)
-
-
-Predict = Callable[[Tensor, Tensor], Tensor]
-
-
-def onestep_loss(
-    schedule: Schedule, predict: Predict, clean: Tensor, generator: torch.Generator, known: int
-) -> Tensor:
-    """Compare the clean latents that one step from zero noise gives: values, and their differences.
-
-    Shapes: clean [B, C, F, h, w]; the first `known` frames do not count.
-    Source: Garcia et al. 2025 (fixed last time, zero noise); the gradient term weighs 1/2.
-    """
-    moment = clean.new_ones(len(clean))
-    noisy = torch.zeros_like(clean)
-    found, _ = schedule.split(noisy, predict(noisy, moment), moment)
-    error = (found - clean)[:, :, known:]
-    edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
-    loss: Tensor = error.square().mean() + 0.5 * edges
-    return loss
-
-
-def diffusion_loss(
-    schedule: Schedule, predict: Predict, clean: Tensor, generator: torch.Generator, known: int
-) -> Tensor:
-    """Compare the prediction at a random time with the schedule's target (the paper's objective).
-
-    Shapes: clean [B, C, F, h, w]; the first `known` frames do not count.
-    Source: Lipman et al. 2023, eq. 23; times are logit-normal, Esser et al. 2024, sec. 3.1.
-    """
-    normal = torch.randn(len(clean), generator=generator)
-    moment = torch.sigmoid(normal).clamp(0.001, 1).to(clean.device)
-    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    prediction = predict(schedule.noise(clean, noise, moment), moment)
-    target = schedule.target(clean, noise, moment)
-    return functional.mse_loss(prediction[:, :, known:], target[:, :, known:])
-
-
-OBJECTIVE_LOSSES = {"onestep": onestep_loss, "diffusion": diffusion_loss}

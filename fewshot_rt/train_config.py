@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from .config import option
 from .errors import ConfigError
 
-OBJECTIVES = ("onestep", "diffusion")
+OBJECTIVES = ("onestep", "grid", "diffusion")
 PRECISIONS = ("auto", "fp32", "bf16")
 FEW_BITS = ("int8", "nf4")  # kinds of weights
 WEIGHTS = ("auto", "fp32", "bf16", *FEW_BITS)
@@ -33,8 +33,25 @@ class TrainConfig:
         None, "what the model sees: WIDTHxHEIGHT, or one side  [default: the base's own]"
     )
     shots: int | None = option(None, "use only this many of the pairs, drawn by the seed")
+    hold_out: int | None = option(
+        None,
+        "pairs that are kept out of training, to try numbers of denoising steps on; 0 keeps none"
+        "  [default: test pairs if there are any, else a fifth of the pairs]",
+    )
     objective: str = option(
-        "onestep", "what is learned: one step from zero noise, or diffusion", choices=OBJECTIVES
+        "onestep",
+        "what is learned: one step from zero noise, a grid of few steps, or diffusion as the paper "
+        "has it",
+        choices=OBJECTIVES,
+    )
+    grid_steps: int = option(4, "steps that the objective grid is made for")
+    start: float = option(
+        1.0,
+        "time that the objective onestep begins at: 1 is pure noise, where its zeros count as "
+        "noise",
+    )
+    pixel_loss: float = option(
+        0.0, "weight of the error in pixels beside that in latents, for onestep with a tiny decoder"
     )
     steps: int = option(250, "updates of the adapter")
     minutes: float | None = option(
@@ -70,14 +87,16 @@ class TrainConfig:
     save_seconds: float = option(30.0, "time between saved states, from which --resume goes on")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "rank", "alpha", "variants", "shots"):
+        for name in ("steps", "grid_steps", "batch", "rank", "alpha", "variants", "shots"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("minutes", "rate", "clip", "save_seconds"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("warmup", "seed"):
-            if getattr(self, name) < 0:
+        if not 0 < self.start <= 1:
+            raise ConfigError(f"start must be above 0 and at most 1, not {self.start}")
+        for name in ("warmup", "seed", "pixel_loss", "hold_out"):
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} must not be below 0, but is {getattr(self, name)}")
         if not 0 <= self.average < 1:
             raise ConfigError(f"average must be from 0 to below 1, not {self.average}")

@@ -214,7 +214,7 @@ def test_a_trained_adapter_gives_the_same_video_in_diffusers(
         "rate": 0.005,
         "precision": "fp32",
     }
-    config = TrainConfig(base=str(folder), objective="diffusion", **options)
+    config = TrainConfig(base=str(folder), hold_out=0, objective="diffusion", **options)
     *_, last = fit(tmp_path / "pairs", run, config)
     assert last.step == 4
 

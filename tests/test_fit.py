@@ -20,9 +20,7 @@ from fewshot_rt.errors import ConfigError, DataError, ModelError
 from fewshot_rt.fit import estimate, fit
 from fewshot_rt.images import read_image, write_image
 from fewshot_rt.runs import latest_run, newest_model, open_run, read_run
-from fewshot_rt.schedule import Schedule
 from fewshot_rt.task import Task
-from fewshot_rt.train import diffusion_loss, onestep_loss
 from fewshot_rt.train_config import TrainConfig
 
 
@@ -265,42 +263,6 @@ def test_run_answers_as_its_base_with_the_adapter_attached(pairs, config, tmp_pa
     Adapter.load(folder).attach(base)
     attached = base_predictor(base, predictor.recipe, base.embed(""), origin="attached")
     np.testing.assert_allclose(predictor.answer(image), attached.answer(image), atol=1e-4)
-
-
-class TestObjectives:
-    """The losses, in closed form, with predictors that know the answer."""
-
-    clean = torch.randn(3, 4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    schedule = Schedule(kind="flow")
-
-    def test_onestep_is_zero_for_the_right_answer(self):
-        loss = onestep_loss(
-            self.schedule, lambda x, t: x - self.clean, self.clean, torch.Generator(), 1
-        )
-        assert float(loss) == 0
-
-    def test_onestep_counts_a_constant_error_once(self):
-        """An even error has no gradient: the loss is its square, on the frames that count."""
-        error = torch.zeros_like(self.clean)
-        error[:, :, 1:] = 0.3
-        error[:, :, :1] = 100.0  # known frames do not count
-        loss = onestep_loss(
-            self.schedule, lambda x, t: -(self.clean + error), self.clean, torch.Generator(), 1
-        )
-        assert float(loss) == pytest.approx(0.09, rel=1e-5)
-
-    def test_diffusion_compares_with_the_schedules_target(self):
-        """For clean = 0 the flow target is the noise itself, x_t / t: a known answer."""
-        zero = torch.zeros_like(self.clean)
-        generator = torch.Generator().manual_seed(1)
-
-        def ideal(noisy: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-            return noisy / moment[:, None, None, None, None]
-
-        loss = diffusion_loss(self.schedule, ideal, zero, generator, 1)
-        assert float(loss) < 1e-10
-        blind = diffusion_loss(self.schedule, lambda x, t: 0 * x, zero, generator, 1)
-        assert float(blind) == pytest.approx(1.0, abs=0.25)  # the noise's own variance
 
 
 def test_metrics_lines_are_json(pairs, config, tmp_path):

@@ -37,7 +37,7 @@ OPTIONAL = {
     "skimage": "benchmarks/*.py",
     "scipy": "benchmarks/*.py",
     "sklearn": "benchmarks/forest.py",
-    "matplotlib": "benchmarks/curves.py",
+    "matplotlib": "benchmarks/plots.py",
 }
 HEAVY = {"torch", "diffusers", "transformers", "peft"} | set(OPTIONAL)
 # What `predict` with a bundle needs, and what the command line loads before it knows the command.

@@ -39,7 +39,9 @@ def test_answers_are_the_same_and_one_block_is_brought_at_a_time(
     width, height = map(int, size.split("x"))
     write_noise_pairs(tmp_path / "pairs", (height, width))
     run = tmp_path / "runs" / "one"
-    config = TrainConfig(base=str(folder), size=size, steps=1, batch=1, rank=2, rate=0.02)
+    config = TrainConfig(
+        base=str(folder), hold_out=0, size=size, steps=1, batch=1, rank=2, rate=0.02
+    )
     *_, _ = fit(tmp_path / "pairs", run, config)
     plain = open_run(run, weights=weights)
     expected = plain.answer(probe(plain))
@@ -72,7 +74,7 @@ def _is_block(module: nn.Module) -> bool:
 
 def test_pocket_has_nothing_to_offload(tiny_base: Any) -> None:
     with pytest.raises(ModelError, match="small enough"):
-        tiny_base.offload()
+        tiny_base.offloaded()
 
 
 def test_where_offloading_is_no_use_it_is_refused(exported: Any) -> None:

@@ -110,7 +110,14 @@ def test_runs_and_exports_keep_the_place(
     write_noise_pairs(tmp_path / "pairs", (32, 32), settings=settings)
     run = tmp_path / "runs" / "one"
     config = TrainConfig(
-        base=str(folder), size="32x32", steps=1, batch=1, rank=2, rate=0.02, objective="diffusion"
+        base=str(folder),
+        hold_out=0,
+        size="32x32",
+        steps=1,
+        batch=1,
+        rank=2,
+        rate=0.02,
+        objective="diffusion",
     )
     *_, _ = fit(tmp_path / "pairs", run, config)  # requires that the run answers as trained
     base, adapter, values = _open(run, device="cpu", weights=None)

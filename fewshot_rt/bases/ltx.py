@@ -41,6 +41,14 @@ FRAME_RATE = 25
 PROMPT_TOKENS, CAUSAL_PROMPT_TOKENS = 128, 256
 EXAMPLE_SIZE = (480, 704)  # in the examples of the official pipelines
 SHORTEST = (9,)  # two latent frames: the known one, and one to be made
+# ComfyUI has the names of LTX-Video's own code (comfy/ldm/lightricks/model.py), which are those of
+# diffusers but for these, none of them layers of adapters.
+COMFY_NAMES = {
+    "proj_in": "patchify_proj",
+    "time_embed": "adaln_single",
+    "norm_q": "q_norm",
+    "norm_k": "k_norm",
+}
 
 
 class LTXDenoiser(Denoiser):
@@ -109,8 +117,7 @@ class LTXBase(PipelineBase[LTXDenoiser]):
     # The latents of TAEHV's taeltx files are those of LTX-2, with as many channels but another
     # autoencoder: none of its files fits.
     tiny_file = None
-    # ComfyUI has the names of diffusers (comfy/ldm/lightricks/model.py).
-    comfy_names: Mapping[str, str] | None = {}
+    comfy_names: Mapping[str, str] | None = COMFY_NAMES
 
     def __init__(
         self,

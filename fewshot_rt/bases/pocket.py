@@ -12,6 +12,7 @@ width, P waves.
 import json
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ class PocketBase:
         *("patch_embedding", "proj_out"),
     )
     batch = 4
+    has_tiny_decoder = True
     suited = Suited(batch=4, rate=0.004, rank=32, alpha=32, clip=1.0, checkpointing=False)
     transition = Transition(kind="repeat_target", frames=5)
     comfy_names: Mapping[str, str] | None = None
@@ -195,7 +197,7 @@ class PocketBase:
                 "transition in task.toml."
             )
 
-    def offload(self) -> None:
+    def offloaded(self) -> AbstractContextManager[None]:
         """Keep the denoiser where it is.
 
         Raises: ModelError always: it is small.

@@ -40,7 +40,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 # The tiny encoder sees 3 frames ahead of each latent frame: of a first frame before grey ones it
 # would see grey, too. There only the decoder stands in.
 TINY, TINY_WIDE = TinyFile(name="taew2_1", encodes=False), TinyFile(name="taew2_2", encodes=True)
-# ComfyUI has the names of Wan's own code (comfy/ldm/wan/model.py).
+# ComfyUI has the names of Wan's own code (comfy/ldm/wan/model.py). The layers of adapters come
+# first; acceleration LoRAs change all of them.
 COMFY_NAMES = {
     "attn1": "self_attn",
     "attn2": "cross_attn",
@@ -52,6 +53,20 @@ COMFY_NAMES = {
     "add_v_proj": "v_img",
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "norm2": "norm3",
+    "norm_added_k": "norm_k_img",
+    ".scale_shift_table": "head.modulation",
+    "scale_shift_table": "modulation",
+    "proj_out": "head.head",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
 }
 
 
