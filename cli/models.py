@@ -1,7 +1,7 @@
 """Find and open a model by what a person gave: a bundle, a run, the name of a run, or nothing."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fewshot_rt.errors import ConfigError, ModelError
 from fewshot_rt.predictor import Predictor
@@ -39,27 +39,27 @@ def open_model(
     *,
     device: str = "cpu",
     steps: int | None = None,
-    offload: bool = False,
-    acceleration: Sequence[str] = (),
+    solver: str | None = None,
+    **of_run: Any,
 ) -> tuple[Predictor, Path]:
     """Open a model as a predictor; give its folder too.
 
-    offload: keep a run's large base on the CPU, and bring its blocks to the GPU one by one.
-    acceleration: files of LoRA weights under a run's adapter; see `open_run`.
-    Raises: ModelError, EngineError; ConfigError if there is nothing to offload or to accelerate.
+    of_run: what only runs can do; see `open_run`.
+    Raises: ModelError, EngineError; ConfigError if something is asked for that is of no use here.
     """
-    if offload and device == "cpu":
+    asked = {name: value for name, value in of_run.items() if value}
+    if "offload" in asked and device == "cpu":
         raise ConfigError("--offload brings blocks from the CPU to a GPU: give --device cuda.")
-    place = find_model(given, runs)
-    if offload or acceleration:
-        place = _find_open_run(given, runs)
+    place = _find_open_run(given, runs) if asked else find_model(given, runs)
     if (place / MANIFEST_FILE).is_file():
         from fewshot_rt.export.bundle import open_bundle
 
         predictor = open_bundle(place, device=device)
     else:
-        predictor = open_run(place, device=device, offload=offload, acceleration=acceleration)
-    return predictor if steps is None else predictor.with_recipe(steps=steps), place
+        predictor = open_run(place, device=device, **asked)
+    changes = {"steps": steps, "solver": solver}
+    given_ones = {name: value for name, value in changes.items() if value is not None}
+    return (predictor.with_recipe(**given_ones) if given_ones else predictor), place
 
 
 def _find_open_run(given: Path | None, runs: Path) -> Path:
@@ -69,7 +69,7 @@ def _find_open_run(given: Path | None, runs: Path) -> Path:
     """
     if given is not None and any((p / MANIFEST_FILE).is_file() for p in (given, runs / given)):
         raise ConfigError(
-            f"--offload and --accel-lora are for runs, and {given} is a bundle. Give its run; or "
-            "give --accel-lora to `fewshot-rt export`, which makes a bundle that has it."
+            f"--offload, --drop-after and --accel-lora are for runs, and {given} is a bundle. Give "
+            "its run; or give --accel-lora to `fewshot-rt export`, for a bundle that has it."
         )
     return find_run(given, runs)

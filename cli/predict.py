@@ -4,10 +4,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 from fewshot_rt.predict import Answered, plan, predict
+from fewshot_rt.sample import SOLVERS
 from fewshot_rt.samples import FOLDER as MAPS
 from fewshot_rt.tiles import Tiling
 
@@ -39,6 +41,15 @@ MOST_LISTED = 10
     show_default=True,
     help="Denoising steps; auto takes as few as the training found enough.",
 )
+@click.option(
+    "--solver", type=click.Choice(SOLVERS), help="How steps are taken.  [default: as trained]"
+)
+@click.option(
+    "--drop-after",
+    type=click.IntRange(1),
+    metavar="STEPS",
+    help="Keep only the first and the last latent frame after so many steps (large bases).",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
     "--offload", is_flag=True, help="Bring a large base's blocks to the GPU one by one: slower."
@@ -64,15 +75,12 @@ def command(
     model: Path | None,
     out: Path,
     overwrite: bool,
-    steps: int | None,
-    device: str,
-    offload: bool,
-    acceleration: tuple[str, ...],
     tile: bool,
     overlap: float | None,
     samples: int | None,
     runs: Path,
     as_json: bool,
+    **way: Any,
 ) -> int:
     """Answer every image in a folder and its sub-folders.
 
@@ -96,9 +104,7 @@ def command(
     tiling = _tiling(tile, overlap, samples)
     jobs = plan(source, out, is_sampled=samples is not None)
     started = time.monotonic()
-    predictor, place = open_model(
-        model, runs, device=device, steps=steps, offload=offload, acceleration=acceleration
-    )
+    predictor, place = open_model(model, runs, **way)
     say(f"model: {place}")
     results = predict(predictor, jobs, overwrite=overwrite, tiling=tiling, samples=samples)
     counts, failed = _count(results, len(jobs))

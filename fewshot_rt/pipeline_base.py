@@ -147,8 +147,8 @@ class PipelineBase(Generic[D]):
             return
         if self.geometry.is_fixed:
             raise ModelError(
-                f"{self.name} learned the places of its frames one by one: leave span out of the "
-                "transition in task.toml."
+                f"{self.name} learned the places of its frames one by one: leave out --drop-after, "
+                "and span in the transition of task.toml."
             )
         factor, merged = self.geometry.time_factor, self.geometry.merged_frames
         if (transition.span - 1) % factor:

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from .codecs import Codec
 from .errors import ConfigError, unknown
-from .sample import SOLVERS, sample
+from .sample import SOLVERS, keep_ends, sample
 from .schedule import Schedule
 
 Floats = NDArray[np.float32]
 Runner = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 NOISES = ("zero", "seeded")
+WAY = ("schedule", "steps", "solver", "start", "drop_after", "ends")  # what `sample` takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,9 @@ class Recipe:
 
     size: (H, W) that the model sees. latent_shape: (C, F, h, w). noise: "zero", or "seeded" (drawn
     from `seed`, the same for every image). trained_noise: the kind that the adapter learned from,
-    whatever it answers best from. solver, start: see `sample`. batch: images answered at
-    once; the last batch is filled up, so that an answer does not depend on how many images came
-    with it.
+    whatever it answers best from. solver, start, drop_after, ends: see `sample`. batch: images
+    answered at once; the last batch is filled up, so that an answer does not depend on how many
+    images came with it.
     """
 
     task: str
@@ -40,6 +41,8 @@ class Recipe:
     steps: int = 1
     noise: str = "zero"
     trained_noise: str = "zero"
+    drop_after: int | None = None
+    ends: int = 1
     seed: int = 0
     solver: str = "euler"
     start: float = 1.0
@@ -51,6 +54,10 @@ class Recipe:
                 raise ConfigError(unknown("noise", noise, NOISES))
         if self.solver not in SOLVERS:
             raise ConfigError(unknown("solver", self.solver, SOLVERS))
+        if self.drop_after is not None and self.latent_shape[1] <= 2 * self.ends:
+            raise ConfigError(
+                f"of {self.latent_shape[1]} latent frames none is to be dropped: all are ends."
+            )
         if not 0 < self.start <= 1:
             raise ConfigError(f"start must be above 0 and at most 1, not {self.start}")
         if self.steps < 1 or self.batch < 1:
@@ -132,14 +139,24 @@ class Predictor:
         conditions = {**conditions, **self.prompt}
 
         def denoise(noisy: Floats, time: Floats) -> Floats:
-            tensors = {"noisy": noisy, "time": time, **conditions}
+            tensors = {"noisy": noisy, "time": time, **self._like(noisy, conditions)}
             return self.runners["denoiser"](tensors)["prediction"]
 
-        way = {
-            name: getattr(self.recipe, name) for name in ("schedule", "steps", "solver", "start")
-        }
+        way = {name: getattr(self.recipe, name) for name in WAY}
         *_, last = sample(denoise, noise, **way)
         return self.runners["decoder"]({"latents": last.latents})["image"]
+
+    def _like(
+        self, noisy: Floats, conditions: Mapping[str, np.ndarray]
+    ) -> Mapping[str, np.ndarray]:
+        """Give conditions of as many latent frames as are left."""
+        whole = self.recipe.latent_shape[1]
+        if noisy.shape[2] == whole:
+            return conditions
+        return {
+            name: keep_ends(v, self.recipe.ends) if v.ndim == 5 and v.shape[2] == whole else v
+            for name, v in conditions.items()
+        }
 
     def with_recipe(self, **changes: Any) -> "Predictor":
         """Give the same model with another number of steps, batch and so on.

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def make_recipe(base: "Base", task: "Task", config: "TrainConfig") -> Recipe:
         steps=steps,
         noise=noise,
         trained_noise=noise,
+        ends=base.geometry.merged_frames,
         seed=config.seed,
         start=config.start if config.objective == "onestep" else 1.0,
         batch=base.batch,
@@ -137,6 +139,7 @@ def open_run(
     weights: str | None = None,
     offload: bool = False,
     acceleration: "Sequence[str]" = (),
+    drop_after: int | None = None,
 ) -> Predictor:
     """Open a run as a predictor that runs in plain PyTorch.
 
@@ -144,7 +147,8 @@ def open_run(
     only training needs. Where it is not in fp32, the adapter stays beside it: merged, much of a
     small update would be lost in rounding.
     acceleration: a published LoRA for each transformer of the base, FILE or FILE:SCALE, that is
-    added to the weights under the adapter.
+    added to the weights under the adapter. drop_after: the number of steps after which the frames
+    between the first and the last are dropped, see `sample`.
     Raises: ModelError if the run, its adapter, its base or such a file is missing, damaged or does
     not fit, or memory does not suffice; ConfigError for a wrong scale or number of files.
     """
@@ -160,7 +164,12 @@ def open_run(
                 adapter.merge(base)
             else:
                 adapter.attach(base)
-        return base_predictor(base, values["recipe"], values["prompt"], origin=str(folder))
+        recipe = values["recipe"]
+        if drop_after is not None:
+            recipe = replace(recipe, drop_after=drop_after)
+            transition = values["transition"]
+            base.play(replace(transition, span=transition.span or transition.frames))
+        return base_predictor(base, recipe, values["prompt"], origin=str(folder))
 
 
 def _open(
@@ -181,7 +190,8 @@ def _open(
     if weights is None:
         weights = kept if kept in ("fp32", "bf16") else "auto"
     base = open_base(trained["base"], device=device, weights=weights, vae=trained.get("vae"))
-    base.play(Task.from_dict(values["task"]).transition)
+    values["transition"] = Task.from_dict(values["task"]).transition
+    base.play(values["transition"])
     values["prompt"] = _read_prompt(folder, base, values["task"]["prompt"])
     values["acceleration"] = [file.to_dict() for file in files]
     if files:

@@ -29,6 +29,8 @@ def sample(
     steps: int,
     solver: str = "euler",
     start: float = 1.0,
+    drop_after: int | None = None,
+    ends: int = 1,
 ) -> Iterator[SampleStep]:
     """Walk from pure noise to clean latents, yielding after each step; the last one is clean.
 
@@ -36,8 +38,11 @@ def sample(
         step before; the same with up to 3 steps, since the way from pure noise and the one to the
         clean end have no second order.
     start: the time at which the noise is taken to be; those of the schedule are scaled to it.
+    drop_after: the number of steps after which only `ends` latent frames at either end are kept,
+        so that later steps cost less.
     Shapes: noise [B, ...]; denoise takes latents [B, ...] and time [B] and predicts [B, ...].
-    Source: Song et al. 2021 (DDIM); Lu et al. 2022 (DPM-Solver++), algorithm 2.
+    Source: Song et al. 2021 (DDIM); Lu et al. 2022 (DPM-Solver++), algorithm 2; Wu et al. 2025
+    (ChronoEdit: frames dropped).
     """
     latents = noise
     times = [start * time for time in schedule.times(steps)]
@@ -52,7 +57,15 @@ def sample(
             ahead = _extrapolate(schedule, before, (time, clean), next_time)
             latents = schedule.towards(latents, ahead, time, next_time)
             before = (time, clean)
+        if index + 1 == drop_after:
+            latents = keep_ends(latents, ends)
+            before = before and (before[0], keep_ends(before[1], ends))
         yield SampleStep(index, next_time, latents)
+
+
+def keep_ends(latents: Array, count: int) -> Array:
+    """Keep so many latent frames at either end. Shapes: [B, C, F, h, w]."""
+    return latents[:, :, [*range(count), *range(-count, 0)]]
 
 
 def _extrapolate(

@@ -193,8 +193,8 @@ class PocketBase:
         """
         if transition.span is not None:
             raise ModelError(
-                "pocket knows no places in time beyond those of its frames: leave span out of the "
-                "transition in task.toml."
+                "pocket knows no places in time but those of its frames: leave out --drop-after, "
+                "and span in the transition of task.toml."
             )
 
     def offloaded(self) -> AbstractContextManager[None]:
