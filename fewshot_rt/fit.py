@@ -174,8 +174,14 @@ def _try_apart(
 def _recommend(folder: Path, rungs: Sequence[Rung], trial: Trial) -> None:
     """Write what was tried into a run, and let it answer so."""
     values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    metric = values["recipe"]["metrics"][0]
-    chosen = write_curve(folder, rungs, metric=metric, is_held_out=trial.is_held_out)
+    recipe = values["recipe"]
+    chosen = write_curve(
+        folder,
+        rungs,
+        metric=recipe["metrics"][0],
+        trained_noise=recipe["trained_noise"],
+        is_held_out=trial.is_held_out,
+    )
     values["recipe"] |= {"steps": chosen.steps, "noise": chosen.noise}
     write_json(folder / CONFIG_FILE, values)
 

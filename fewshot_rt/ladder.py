@@ -23,7 +23,7 @@ from .predictor import NOISES, Predictor
 
 STEPS = (1, 2, 4, 8, 16)
 TOLERANCE = 0.02  # of the best cost, that fewer steps may cost more
-BLUR = 2.0  # how much sharpness lost weighs beside an error as large as the best one
+BLUR = 2.0  # how much sharpness lost weighs beside an error of the usual size
 CURVE_FILE, PICTURE_FILE = "steps.json", "panels/steps.png"
 SHEET, MARGIN = (720, 300), 44
 COLOURS = {"zero": "royalblue", "seeded": "darkorange"}
@@ -78,33 +78,31 @@ def climb(
             )
 
 
-def choose(rungs: Sequence[Rung]) -> Rung:
+def choose(rungs: Sequence[Rung], *, trained_noise: str) -> Rung:
     """Choose the fewest steps that cost no more than the best, but for 2 % and chance.
 
-    The cost of an image is its error, in units of the best mean error, and twice the sharpness that
-    it lacks. Chance is the standard error of the difference over images. Of two kinds of noise, the
-    cheaper one counts.
+    The cost of an image is its error, in units of its mean over all that was tried, and twice the
+    sharpness that it lacks. Chance is the standard error of the difference over images. Of two
+    kinds of noise that are as good, the one that was trained with is chosen.
     Raises: DataError if there are no rungs.
     """
     if not rungs:
         raise DataError("nothing was tried, so that nothing can be chosen")
-    unit = max(1e-9, min(float(np.mean(rung.errors)) for rung in rungs))
-    costs = [_costs(rung, unit) for rung in rungs]
+    units = np.maximum(1e-9, np.mean([rung.errors for rung in rungs], axis=0))
+    costs = [_costs(rung, units) for rung in rungs]
     best = min(costs, key=lambda cost: float(cost.mean()))
-    near = [
-        (rung.steps, float(cost.mean()), index)
-        for index, (rung, cost) in enumerate(zip(rungs, costs, strict=True))
-        if _is_near(cost, best)
-    ]
-    return rungs[min(near)[2]]
+    near = [rung for rung, cost in zip(rungs, costs, strict=True) if _is_near(cost, best)]
+    return min(near, key=lambda rung: (rung.steps, rung.noise != trained_noise))
 
 
-def write_curve(folder: Path, rungs: Sequence[Rung], *, metric: str, is_held_out: bool) -> Rung:
+def write_curve(
+    folder: Path, rungs: Sequence[Rung], *, metric: str, trained_noise: str, is_held_out: bool
+) -> Rung:
     """Write what was tried into a run, with the picture of it; give what is recommended.
 
     Raises: DataError if the disk is full or the folder cannot be written to.
     """
-    chosen = choose(rungs)
+    chosen = choose(rungs, trained_noise=trained_noise)
     values: dict[str, Any] = {
         "recommended_steps": chosen.steps,
         "noise": chosen.noise,
@@ -128,15 +126,15 @@ def draw_curve(rungs: Sequence[Rung], chosen: Rung, *, metric: str) -> Pixels:
     names = [metric]
     if SHARPNESS in chosen.scores and metric != SHARPNESS:
         names.append(SHARPNESS)
-    width = SHEET[0] // 2
+    width = SHEET[0] // len(names)
     for place, name in enumerate(names):
         _draw_panel(draw, rungs, chosen, name, left=place * width, width=width)
     return np.asarray(sheet)
 
 
-def _costs(rung: Rung, unit: float) -> NDArray[np.float64]:
+def _costs(rung: Rung, units: NDArray[np.float64]) -> NDArray[np.float64]:
     lacking = 1 - np.array(rung.sharpness or (1.0,) * len(rung.errors))
-    costs: NDArray[np.float64] = np.array(rung.errors) / unit + BLUR * lacking
+    costs: NDArray[np.float64] = np.array(rung.errors) / units + BLUR * lacking
     return costs
 
 

@@ -40,15 +40,25 @@ def rung(steps: int, errors: Any, sharpness: Any = (), noise: str = "seeded") ->
     ],
 )
 def test_the_fewest_steps_that_are_as_good_are_chosen(rungs: list[Rung], expected: int) -> None:
-    assert choose(rungs).steps == expected
-    assert choose(rungs[::-1]).steps == expected
+    assert choose(rungs, trained_noise="zero").steps == expected
+    assert choose(rungs[::-1], trained_noise="zero").steps == expected
 
 
-def test_of_two_kinds_of_noise_the_better_is_chosen() -> None:
-    found = choose([rung(1, [1.01], noise="zero"), rung(1, [1.0]), rung(2, [1.0], noise="zero")])
-    assert (found.steps, found.noise) == (1, "seeded")
+@pytest.mark.parametrize(
+    ("zero", "trained", "expected"),
+    [(1.01, "zero", "zero"), (1.01, "seeded", "seeded"), (1.05, "zero", "seeded")],
+)
+def test_of_two_kinds_of_noise_the_better_or_the_trained_one_is_chosen(
+    zero: float, trained: str, expected: str
+) -> None:
+    rungs = [rung(1, [zero], noise="zero"), rung(1, [1.0]), rung(2, [1.0], noise="zero")]
+    found = choose(rungs, trained_noise=trained)
+    assert (found.steps, found.noise) == (1, expected)
+
+
+def test_nothing_can_be_chosen_of_nothing() -> None:
     with pytest.raises(DataError, match="nothing was tried"):
-        choose([])
+        choose([], trained_noise="zero")
 
 
 def make_task(tmp_path: Path, write_noise_pairs: Any, count: int, test: int = 0) -> Task:
@@ -160,7 +170,7 @@ def test_the_command_line_tells(run: Any) -> None:
 
 def test_the_picture_shows_what_was_tried(tmp_path: Path) -> None:
     rungs = [rung(k, [1 / k], [0.5], noise=n) for k in (1, 2, 4) for n in ("zero", "seeded")]
-    chosen = write_curve(tmp_path, rungs, metric="psnr", is_held_out=True)
+    chosen = write_curve(tmp_path, rungs, metric="psnr", trained_noise="zero", is_held_out=True)
     assert chosen.steps == 4
     picture = read_image(tmp_path / "panels" / "steps.png")
     assert picture.shape == (300, 720, 3)
