@@ -10,7 +10,7 @@ from .codecs import Codec
 from .images import Floats, Pixels, from_model
 
 FOLDER = "disagreement"  # of the maps, beside the answers
-MOST_DEVIATION = 0.5  # of values from 0 to 1: half of them 0, half of them 1
+MOST_DEVIATION = 0.125  # of values from 0 to 1; what is above is as bright
 
 
 def decode_samples(
@@ -22,7 +22,7 @@ def decode_samples(
     each pixel takes the class for which the samples speak most (`Codec.vote`).
 
     The map is bright where the samples disagree: for "rgb" and "gray", by their standard deviation,
-    where 255 is 0.5 (pixels from 0 to 1; the mean over channels); for "mask" and "labels", by the
+    where 255 is 0.125 or more (pixels from 0 to 1; the mean over channels); for "mask" and "labels", by the
     share of samples that differ from the answer, where 255 is all of them.
 
     Shapes: samples [N, 3, h, w] in about [-1, 1]; size (H, W); answer uint8 [H, W] or [H, W, 3],
