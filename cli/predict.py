@@ -96,9 +96,9 @@ def command(
 
     With --samples the answer is the mean of N (of labels, the class for which they speak most), and
     the folder disagreement/ of --out has a gray PNG of the same name, bright where they disagree:
-    for pictures and gray, their standard deviation, where 255 is 0.125 or more (pixels from 0 to 1);
-    for masks and labels, the share of samples that differ from the answer, where 255 is all. An answer is kept only if this file is there, too. Train for it with
-    --objective diffusion or grid.
+    for pictures and gray, their standard deviation, where 255 is 0.125 or more of pixels from 0 to
+    1; for masks and labels, the share of samples that differ from the answer, where 255 is all. An
+    answer is kept only if this file is there, too. Train for it with --objective diffusion or grid.
     """
     tiling = _tiling(tile, overlap, samples)
     jobs = plan(source, out, is_sampled=samples is not None)

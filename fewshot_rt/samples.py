@@ -22,8 +22,8 @@ def decode_samples(
     each pixel takes the class for which the samples speak most (`Codec.vote`).
 
     The map is bright where the samples disagree: for "rgb" and "gray", by their standard deviation,
-    where 255 is 0.125 or more (pixels from 0 to 1; the mean over channels); for "mask" and "labels", by the
-    share of samples that differ from the answer, where 255 is all of them.
+    where 255 is 0.125 or more (pixels from 0 to 1; the mean over channels); for "mask" and
+    "labels", by the share of samples that differ from the answer, where 255 is all of them.
 
     Shapes: samples [N, 3, h, w] in about [-1, 1]; size (H, W); answer uint8 [H, W] or [H, W, 3],
         map uint8 [H, W].
