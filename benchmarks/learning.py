@@ -87,7 +87,10 @@ def run_cells(
         ModelError.
     """
     base = open_base(protocol.base)
-    _require(cells, protocol, methods, base)
+    for name in methods:
+        if name not in METHODS:
+            raise ConfigError(unknown("method", name, METHODS))
+    require_cells(cells, protocol, base)
     done = [record for record in known if record.kind == KIND]
     with TemporaryDirectory() as folder:
         for cell in cells:
@@ -116,9 +119,6 @@ def run_cells(
 
 def _settings(cell: Cell, protocol: Protocol, base: Base) -> dict[str, Any]:
     """Give what a record says of its cell: what is its own, then what one comparison shares."""
-    training = (
-        vars(make_training(protocol)) | vars(base.suited) | {"layers": list(base.lora_targets)}
-    )
     return {
         "group": cell.case.group,
         "moves": cell.case.moves,
@@ -127,9 +127,16 @@ def _settings(cell: Cell, protocol: Protocol, base: Base) -> dict[str, Any]:
         "seed": cell.seed,
         **asdict(protocol),
         "revision": base.revision,
-        "training": {name: v for name, v in training.items() if name not in OF_A_CELL},
+        "training": describe_training(protocol, base),
         "full_rate": FULL_RATE,
     }
+
+
+def describe_training(protocol: Protocol, base: Base) -> dict[str, Any]:
+    """Give the settings of training that all cells share."""
+    settings = vars(make_training(protocol)) | vars(base.suited)
+    settings |= {"layers": list(base.lora_targets)}
+    return {name: value for name, value in settings.items() if name not in OF_A_CELL}
 
 
 def write_cell(cell: Cell, protocol: Protocol, folder: str) -> Path:
@@ -142,14 +149,11 @@ def write_cell(cell: Cell, protocol: Protocol, folder: str) -> Path:
     return place
 
 
-def _require(cells: Sequence[Cell], protocol: Protocol, methods: Sequence[str], base: Base) -> None:
+def require_cells(cells: Sequence[Cell], protocol: Protocol, base: Base) -> None:
     """Find what is wrong before hours are spent.
 
-    Raises: ConfigError.
+    Raises: ConfigError if a size or a number of pairs does not fit.
     """
-    for name in methods:
-        if name not in METHODS:
-            raise ConfigError(unknown("method", name, METHODS))
     multiple = base.geometry.multiple
     if protocol.size < multiple or protocol.size % multiple:
         raise ConfigError(f"size must be a multiple of {multiple}, not {protocol.size}")

@@ -5,6 +5,7 @@ with two solvers; adapters trained for a few steps (grid) or one (onestep); and 
 after it taught itself on images without targets (distilled).
 """
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,6 @@ from fewshot_rt.distill_config import DistillConfig
 from fewshot_rt.errors import ConfigError, unknown
 from fewshot_rt.evaluate import score
 from fewshot_rt.images import Pixels, read_image, to_model
-from fewshot_rt.metrics import METRICS, sharpness
 from fewshot_rt.predict import answer_images
 from fewshot_rt.predictor import Predictor
 from fewshot_rt.runs import base_predictor, make_recipe
@@ -31,7 +31,15 @@ from fewshot_rt.task import Task
 from fewshot_rt.train import learn, train
 from fewshot_rt.train_config import TrainConfig
 
-from .learning import Cell, Protocol, make_training, squared_error, write_cell
+from .learning import (
+    Cell,
+    Protocol,
+    describe_training,
+    make_training,
+    require_cells,
+    squared_error,
+    write_cell,
+)
 from .record import Record
 
 KIND = "steps"  # of records
@@ -70,6 +78,7 @@ def run_rungs(
     """Measure cells; those that a known record holds already are yielded without a record."""
     done = [record for record in known if record.kind == KIND]
     base = open_base(protocol.base)
+    require_cells(cells, protocol, base)
     with TemporaryDirectory() as folder:
         for cell in cells:
             settings = {
@@ -81,8 +90,12 @@ def run_rungs(
                 "seed": cell.seed,
                 **{k: v for k, v in asdict(protocol).items() if k != "unet_steps"},
                 "revision": base.revision,
+                "training": describe_training(protocol, base),
+                "distillation": vars(DistillConfig()),
+                "rungs": [PAPER_STEPS, SOLVED_STEPS, DISTILLED, GRID, UNLABELLED],
                 "pass_gflop": _pass_flop(protocol) / 1e9,
             }
+            settings = json.loads(json.dumps(settings))  # as it comes back from a file
             if any((r.case, dict(r.settings)) == (cell.case.name, settings) for r in done):
                 yield cell, None
                 continue
@@ -148,12 +161,6 @@ def _measure(cell: Cell, protocol: Protocol, place: Path) -> dict[str, dict[str,
     def add(name: str, answers: list[Pixels], **more: float) -> None:
         mean, _ = score(answers, targets, codec=task.codec, names=task.metrics)
         variants[name] = mean | {"error": squared_error(answers, targets, task.codec), **more}
-        if task.codec.name in METRICS["sharpness"].codecs:
-            values = [
-                sharpness(task.codec.values(a), task.codec.values(t))
-                for a, t in zip(answers, targets, strict=True)
-            ]
-            variants[name]["sharpness"] = float(np.mean(values))
 
     for name, answers in _climb(cell, protocol, task, place, images):
         add(name, answers.pixels, steps=answers.steps, image_ms=answers.image_ms)
@@ -224,8 +231,15 @@ def _distill(
 def _answer(
     predictor: Predictor, images: list[Pixels], *, steps: int, noise: str, solver: str = "euler"
 ) -> Answers:
+    """Answer batch by batch, the first one twice; the median batch counts."""
     predictor = predictor.with_recipe(steps=steps, noise=noise, solver=solver)
-    started = time.perf_counter()
-    answers = answer_images(predictor, images)
-    seconds = time.perf_counter() - started
-    return Answers(steps, answers, 1000 * seconds / len(images))
+    batch = predictor.recipe.batch
+    parts = [images[i : i + batch] for i in range(0, len(images), batch)]
+    answers: list[Pixels] = []
+    image_ms = []
+    answer_images(predictor, parts[0])
+    for part in parts:
+        started = time.perf_counter()
+        answers += answer_images(predictor, part)
+        image_ms.append(1000 * (time.perf_counter() - started) / len(part))
+    return Answers(steps, answers, float(np.median(image_ms)))

@@ -20,8 +20,10 @@ SERIES = ("paper", "paper, dpm", "distilled", "grid", "onestep")
 
 
 def latest_rungs(records: Sequence[Record]) -> list[Record]:
-    """Take the records of the ladder that belong together with the newest."""
-    return latest_comparison(records, kind=KIND)
+    """Take the records of the ladder that belong together with the newest, of as many pairs."""
+    together = latest_comparison(records, kind=KIND)
+    shots = {record.date: record.settings["shots"] for record in together}
+    return [r for r in together if r.settings["shots"] == shots[max(shots)]]
 
 
 def group_of(record: Record) -> str:

@@ -108,17 +108,16 @@ def _blur(image: Values) -> Values:
 def sharpness(answer: Values, target: Values) -> float:
     """Give how far the detail of an answer is as strong as that of its target: 1, less if blurred.
 
-    Contrast is taken band by band, an octave each, in lightness and two differences of colours;
-    where one of the two images has less, it counts as lost or as false. Places do not matter.
+    Contrast is taken band by band, an octave each, in lightness and two differences of colours, and
+    summed; what only one of the two images has is lost or false. Places do not matter.
     Shapes: [H, W] or [H, W, 3] in [0, 1].
     Source: bands as in Burt & Adelson 1983, of means over 2 x 2; min over max, Ruzicka 1958.
     """
-    shares = []
-    for one, other in zip(_opponents(answer), _opponents(target), strict=True):
-        bands = np.array([_contrasts(one), _contrasts(other)])
-        if bands.max(axis=0).sum() > LEAST_CONTRAST:
-            shares.append(bands.min(axis=0).sum() / bands.max(axis=0).sum())
-    return float(np.mean(shares)) if shares else 1.0
+    bands = np.array(
+        [[c for plane in _opponents(v) for c in _contrasts(plane)] for v in (answer, target)]
+    )
+    most = float(bands.max(axis=0).sum()) if bands.size else 0.0
+    return float(bands.min(axis=0).sum()) / most if most > LEAST_CONTRAST else 1.0
 
 
 def _opponents(image: Values) -> list[Values]:
@@ -131,7 +130,7 @@ def _opponents(image: Values) -> list[Values]:
 
 
 def _contrasts(plane: Values) -> list[float]:
-    """Give the standard deviation of each octave, finest first, and of what is left."""
+    """Give the standard deviation of each octave, finest first; what is left is no detail."""
     found = []
     while min(plane.shape) >= 4:
         height, width = (side - side % 2 for side in plane.shape)
@@ -139,7 +138,7 @@ def _contrasts(plane: Values) -> list[float]:
         coarse = blocks.mean(axis=(1, 3))
         found.append(float((blocks - coarse[:, None, :, None]).std()))
         plane = coarse
-    return [*found, float(plane.std())]
+    return found
 
 
 METRICS = {

@@ -17,6 +17,7 @@ from fewshot_rt.metrics import (
     measure,
     pixel_accuracy,
     psnr,
+    sharpness,
     ssim,
 )
 
@@ -100,3 +101,26 @@ def test_measure_compares_files() -> None:
     assert result == {"iou": 2 / 4, "dice": 4 / 6}
     with pytest.raises(ValueError, match="differ in size"):
         measure(answer[:1], target, codec=Codec("mask"), names=("iou",))
+
+
+def test_sharpness_counts_contrast_band_by_band() -> None:
+    """A checkerboard of single pixels has the finest octave alone, one of 2 x 2 the next."""
+    fine = np.indices((32, 32)).sum(axis=0) % 2 * 1.0
+    next_one = np.kron(fine[:16, :16], np.ones((2, 2)))
+    assert sharpness(fine, fine) == 1
+    assert sharpness(fine / 2, fine) == pytest.approx(0.5)
+    assert sharpness(fine, fine / 2) == pytest.approx(0.5)  # false detail counts, too
+    assert sharpness(next_one, fine) == 0
+    assert sharpness(1 - fine, fine) == 1  # places and signs do not matter
+    both = (fine + next_one) / 2
+    assert sharpness(next_one / 2, both) == pytest.approx(0.5)
+    assert sharpness(np.ones((8, 8)), np.zeros((8, 8))) == 1  # evenness is no blur
+
+
+def test_sharpness_sees_colours_but_no_noise_of_the_last_bit() -> None:
+    rng = np.random.default_rng(0)
+    gray = np.repeat(rng.uniform(size=(32, 32, 1)), 3, axis=-1)
+    assert sharpness(gray + rng.integers(-1, 2, gray.shape) / 255, gray) > 0.95
+    colours = rng.uniform(size=(32, 32, 3))
+    drained = np.repeat(colours @ [[0.299], [0.587], [0.114]], 3, axis=-1)
+    assert sharpness(drained, colours) < 0.6
