@@ -8,10 +8,9 @@ import click
 
 from fewshot_rt.config import read_mapping
 from fewshot_rt.distill_config import REPORT_FILE, DistillConfig
-from fewshot_rt.errors import ModelError
-from fewshot_rt.runs import CONFIG_FILE
+from fewshot_rt.errors import ConfigError
 
-from .models import find_run
+from .models import find_run, place_run
 from .options import FOLDER, json_option, make_settings, runs_option, settings_options, write_result
 from .progress import meter, say
 
@@ -20,6 +19,7 @@ from .progress import meter, say
 @click.argument("run", type=FOLDER)
 @click.argument("images", type=FOLDER)
 @click.option("--name", help="Name of the new run.  [default: RUN-STEPSsteps]")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted distillation.")
 @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
 @runs_option
 @settings_options(DistillConfig)
@@ -28,6 +28,7 @@ def command(
     run: Path,
     images: Path,
     name: str | None,
+    resume: bool,
     overwrite: bool,
     runs: Path,
     config: Path | None,
@@ -37,27 +38,24 @@ def command(
     """Teach a run to answer in few steps as it does in many.
 
     RUN is a run of --objective diffusion or grid, by name or path; IMAGES is a folder of inputs
-    like those that it will answer, without targets. The run walks from noise to its answers in many
-    steps; a copy of it learns to go there in few, and becomes a run of its own.
+    like those that it will answer, without targets: ten or more. The run walks from noise to its
+    answers in many steps; a copy of it learns to go there in few, and becomes a run of its own, to
+    which runs/latest points.
     """
     settings = make_settings(DistillConfig, config, flags)
     teacher = find_run(run, runs)
-    folder = teacher.parent / (name or f"{teacher.resolve().name}-{settings.steps}steps")
-    if (folder / CONFIG_FILE).exists() and not overwrite:
-        raise ModelError(
-            f"the run {folder} is there already. Replace it (--overwrite), or take another --name."
-        )
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    name = name or f"{teacher.resolve().name}-{settings.steps}steps"
+    folder = place_run(teacher.resolve().parent, name, resume=resume, overwrite=overwrite)
     started = time.monotonic()
     from fewshot_rt.distill import distill
-    from fewshot_rt.fit import remove_run
 
-    if overwrite:
-        remove_run(folder, keep=images)
     with meter("distill") as shown:
-        for step in distill(teacher, images, folder, settings):
-            note = f"step {step.step}  loss {step.loss:.4f}"
+        for step in distill(teacher, images, folder, settings, overwrite=overwrite):
+            learned = f"step {step.step}  loss {step.loss:.4f}" if step.gradient_norm else "walked"
             left = step.seconds_left if step.gradient_norm else None
-            shown.show(step.progress, note if left is not None else "walked", seconds_left=left)
+            shown.show(step.progress, learned, seconds_left=left)
     report = read_mapping(folder / REPORT_FILE)
     say(f"distilled in {time.monotonic() - started:.0f} s: {folder}")
     say(

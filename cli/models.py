@@ -39,27 +39,56 @@ def open_model(
     *,
     device: str = "cpu",
     steps: int | None = None,
-    solver: str | None = None,
-    **of_run: Any,
+    is_sampled: bool = False,
+    **way: Any,
 ) -> tuple[Predictor, Path]:
     """Open a model as a predictor; give its folder too.
 
-    of_run: what only runs can do; see `open_run`.
+    steps: None takes as few as the training found enough; with others, noise is of the kind that
+    the adapter was made for. is_sampled: take the steps that it was made for. way: solver, noise,
+    and, for runs alone, drop_after, offload and acceleration; see `Recipe` and `open_run`.
     Raises: ModelError, EngineError; ConfigError if something is asked for that is of no use here.
     """
-    asked = {name: value for name, value in of_run.items() if value}
-    if "offload" in asked and device == "cpu":
+    way = {name: value for name, value in way.items() if value}
+    of_run = {name: way.pop(name) for name in ("offload", "acceleration") if name in way}
+    if "offload" in of_run and device == "cpu":
         raise ConfigError("--offload brings blocks from the CPU to a GPU: give --device cuda.")
-    place = _find_open_run(given, runs) if asked else find_model(given, runs)
+    is_run = of_run or "drop_after" in way
+    place = _find_open_run(given, runs) if is_run else find_model(given, runs)
     if (place / MANIFEST_FILE).is_file():
         from fewshot_rt.export.bundle import open_bundle
 
         predictor = open_bundle(place, device=device)
     else:
-        predictor = open_run(place, device=device, **asked)
-    changes = {"steps": steps, "solver": solver}
-    given_ones = {name: value for name, value in changes.items() if value is not None}
-    return (predictor.with_recipe(**given_ones) if given_ones else predictor), place
+        predictor = open_run(place, device=device, drops="drop_after" in way, **of_run)
+    if "acceleration" in of_run:
+        way = {"noise": "seeded"} | way
+    if is_sampled:
+        steps = steps or predictor.recipe.trained_steps
+        if steps == 1 and predictor.recipe.trained_noise == "seeded":
+            raise ConfigError(
+                "one step gives the mean of all answers, so that samples would agree: give "
+                "--steps 4, say."
+            )
+    if steps is not None and steps != predictor.recipe.steps:
+        way = {"noise": predictor.recipe.trained_noise, "steps": steps} | way
+    return (predictor.with_recipe(**way) if way else predictor), place
+
+
+def place_run(runs: Path, name: str, *, resume: bool, overwrite: bool) -> Path:
+    """Choose the run's folder; refuse to write over another run.
+
+    Raises: ConfigError if the name leaves `runs`; ModelError if the run is there already.
+    """
+    folder = runs / name
+    if folder.resolve().parent != runs.resolve() or name == "latest":
+        raise ConfigError(f"a run's name must be one plain name, not {name!r}")
+    if (folder / CONFIG_FILE).exists() and not resume and not overwrite:
+        raise ModelError(
+            f"the run {folder} is there already. Go on with it (--resume), replace it "
+            "(--overwrite), or take another --name."
+        )
+    return folder
 
 
 def _find_open_run(given: Path | None, runs: Path) -> Path:

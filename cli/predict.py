@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from fewshot_rt.predict import Answered, plan, predict
+from fewshot_rt.predictor import NOISES
 from fewshot_rt.sample import SOLVERS
 from fewshot_rt.samples import FOLDER as MAPS
 from fewshot_rt.tiles import Tiling
@@ -42,7 +43,14 @@ MOST_LISTED = 10
     help="Denoising steps; auto takes as few as the training found enough.",
 )
 @click.option(
-    "--solver", type=click.Choice(SOLVERS), help="How steps are taken.  [default: as trained]"
+    "--noise",
+    type=click.Choice(NOISES),
+    help="Where steps begin.  [default: as --steps auto has it, else as trained]",
+)
+@click.option(
+    "--solver",
+    type=click.Choice(SOLVERS),
+    help="How steps are taken; dpm is DPM-Solver++ of the second order.  [default: euler]",
 )
 @click.option(
     "--drop-after",
@@ -103,7 +111,7 @@ def command(
     tiling = _tiling(tile, overlap, samples)
     jobs = plan(source, out, is_sampled=samples is not None)
     started = time.monotonic()
-    predictor, place = open_model(model, runs, **way)
+    predictor, place = open_model(model, runs, is_sampled=samples is not None, **way)
     say(f"model: {place}")
     results = predict(predictor, jobs, overwrite=overwrite, tiling=tiling, samples=samples)
     counts, failed = _count(results, len(jobs))

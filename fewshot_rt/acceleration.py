@@ -85,13 +85,15 @@ class Acceleration:
 
 
 def add_acceleration(base: Base, files: Sequence[Acceleration]) -> None:
-    """Add a LoRA to the weights of each transformer of a base, in their order.
+    """Add a LoRA to the weights of each transformer of a base, in their order; of none, none.
 
     W + scale x alpha / rank x B A is computed in fp32 and kept in the type of the weights. Layers
     stay plain.
     Raises: ModelError if the base has none published for it, or a file is damaged, does not fit
     whole, or changes nothing; ConfigError if there are not as many as transformers.
     """
+    if not files:
+        return
     if base.comfy_names is None:
         raise ModelError(
             f"no acceleration LoRA fits {base.name}: none is published for it. Leave out "

@@ -49,8 +49,8 @@ def enough_memory() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"the GPU's memory does not suffice ({str(error).splitlines()[0]}). What saves most, "
-            "first: --weights nf4, --checkpointing, --batch 1, a smaller --size; a task.toml with "
-            "fewer frames; and other programs off the GPU."
+            "first: to train, --weights nf4, --checkpointing, --batch 1, a smaller --size; to "
+            "predict, --offload; a task.toml with fewer frames; and other programs off the GPU."
         ) from error
 
 

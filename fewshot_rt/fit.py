@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -22,11 +23,12 @@ from .errors import ModelError
 from .evaluate import write_panel
 from .files import reported, write_json, write_text
 from .images import Floats, read_image
-from .ladder import Rung, climb, write_curve
+from .ladder import STEPS, Rung, climb, write_curve
 from .latents import embed_prompt
+from .objectives import choose_loss
 from .parallel import join, leave, own_rank
 from .predict import answer_images
-from .predictor import Predictor, Recipe
+from .predictor import NOISES, Predictor, Recipe
 from .runs import (
     CONFIG_FILE,
     base_predictor,
@@ -102,6 +104,7 @@ def _fit(
     task, chosen = (each.played(base.transition) for each in (task, trial.learned))
     base.play(task.transition)
     config = replace(config, **vars(config.suited(base.suited)))
+    choose_loss(config, base)  # settings that do not fit are found before anything is removed
     if overwrite:
         remove_run(folder, keep=pairs)
     if (begun / STATE_FILE).is_file():
@@ -128,7 +131,7 @@ def _fit(
     snapshot(base, provenance).save(folder)
     shown.write(step.step)
     trained = shown.predictor.answer(probe(shown.predictor))
-    rungs = [] if trial.apart else list(_try(shown.predictor, trial))
+    rungs = [] if trial.apart else (yield from _try(shown.predictor, trial))
     del shown, base  # a base is opened anew, and both may not fit a GPU
     gc.collect()
     require_effect(folder, bare, trained, config)
@@ -140,12 +143,17 @@ def _fit(
     mark_latest(folder)
 
 
-def _try(predictor: Predictor, trial: Trial) -> Iterator[Rung]:
+def _try(predictor: Predictor, trial: Trial) -> Generator[TrainStep, None, list[Rung]]:
     """Try numbers of steps on a trial's pairs; one process is enough."""
+    rungs: list[Rung] = []
     if trial.tried and own_rank() == 0:
         images = [read_image(pair.source) for pair in trial.tried]
         targets = [read_image(pair.target) for pair in trial.tried]
-        yield from climb(predictor, images, targets)
+        for rung in climb(predictor, images, targets):
+            rungs.append(rung)
+            share = len(rungs) / (len(STEPS) * len(NOISES))
+            yield TrainStep(rung.steps, math.nan, share, math.nan, 0.0, stage="try")
+    return rungs
 
 
 def _try_apart(
@@ -158,6 +166,7 @@ def _try_apart(
     begun: Path,
 ) -> Generator[TrainStep, None, list[Rung]]:
     """Train another adapter on fewer pairs, try it, and let it go."""
+    gc.collect()
     base = open_chosen(config)
     task = (trial.apart or trial.learned).played(base.transition)
     base.play(task.transition)
@@ -165,7 +174,8 @@ def _try_apart(
     steps = train(base, task, config, place, cache=folder.parent / ".cache", begun=begun / TRIAL)
     for step in steps:
         yield replace(step, stage="trial")
-    rungs = list(_try(base_predictor(base, recipe, prompt, origin=str(place)), trial))
+        base.rest()
+    rungs = yield from _try(base_predictor(base, recipe, prompt, origin=str(place)), trial)
     with reported(place):
         shutil.rmtree(place)
     return rungs
@@ -193,10 +203,10 @@ def estimate(task: Task, config: TrainConfig) -> dict[str, float]:
     """
     available = len(task.split("train").pairs)
     pairs = available if config.shots is None else min(config.shots, available)
-    trial_plan = plan_trial(task, task.shots(pairs, config.seed), config.hold_out)
-    pairs = len(trial_plan.learned.pairs)
+    trial = plan_trial(task, task.shots(pairs, config.seed), config.hold_out)
+    pairs = len(trial.learned.pairs)
     config = replace(config, device=pick_device(config.device))
-    trial = replace(config, steps=TRIAL_STEPS, variants=1, minutes=None)
+    short = replace(config, steps=TRIAL_STEPS, variants=1, minutes=None)
     base = open_chosen(config)
     task = task.played(base.transition)
     base.play(task.transition)
@@ -205,15 +215,19 @@ def estimate(task: Task, config: TrainConfig) -> dict[str, float]:
     with enough_memory(), TemporaryDirectory() as folder:
         marks = [time.monotonic()]
         chosen = task.shots(min(pairs, TRIAL_STEPS), config.seed)
-        steps = train(base, chosen, trial, Path(folder), cache=Path(folder))
+        steps = train(base, chosen, short, Path(folder), cache=Path(folder))
         marks.extend(time.monotonic() for _ in steps)
     encoding = (marks[1] - marks[0]) / len(chosen.pairs) * clips
     # The first update also warms up; the last is like all that follow.
-    seconds = encoding + (marks[-1] - marks[-2]) * config.steps
+    update = marks[-1] - marks[-2]
+    seconds = encoding + update * config.steps
     if config.minutes:
         seconds = min(seconds, encoding + 60 * config.minutes)
-    if trial_plan.apart:
+    if trial.apart:
         seconds *= 2
+    # A pass forward is about a third of an update of one clip.
+    passes = len(trial.tried) * sum(STEPS) * len(NOISES)
+    seconds += passes * update / (3 * config.suited(base.suited).batch)
     return {"seconds": seconds, "memory_gb": psutil.Process().memory_info().rss / 1e9}
 
 
@@ -255,7 +269,10 @@ def require_same(folder: Path, task: Task, config: TrainConfig, *, revision: str
     Raises: ModelError that names what differs.
     """
     values = read_run(folder)
-    before = make(TrainConfig, values["train"])
+    if "distilled" in values:
+        raise ModelError(f"{folder} was made by distillation: go on with fewshot-rt distill.")
+    # Before pairs were held out, none were.
+    before = make(TrainConfig, {"hold_out": 0, **values["train"]})
     # How long and how often may change between the parts of a run.
     free = {"steps", "minutes", "save_seconds", "device", "checkpointing"}
     differing = [k for k, v in vars(before).items() if k not in free and v != getattr(config, k)]

@@ -23,7 +23,9 @@ from .predictor import NOISES, Predictor
 
 STEPS = (1, 2, 4, 8, 16)
 TOLERANCE = 0.02  # of the best cost, that fewer steps may cost more
-BLUR = 2.0  # how much sharpness lost weighs beside an error of the usual size
+MOST_CHANCE = 0.1  # of the best cost, that counts as chance however few images there are
+LEAST_ERROR = 0.01  # below which errors do not count as different
+BLUR = 2.0  # how much sharpness lost weighs beside an error as large as the least
 CURVE_FILE, PICTURE_FILE = "steps.json", "panels/steps.png"
 SHEET, MARGIN = (720, 300), 44
 COLOURS = {"zero": "royalblue", "seeded": "darkorange"}
@@ -59,6 +61,7 @@ def climb(
     names = dict.fromkeys(recipe.metrics)
     if recipe.codec.name in METRICS[SHARPNESS].codecs:
         names |= {SHARPNESS: None}
+    answer_images(predictor, images[: recipe.batch])  # warms up
     for steps in STEPS:
         for noise in NOISES:
             started = time.perf_counter()
@@ -81,14 +84,16 @@ def climb(
 def choose(rungs: Sequence[Rung], *, trained_noise: str) -> Rung:
     """Choose the fewest steps that cost no more than the best, but for 2 % and chance.
 
-    The cost of an image is its error, in units of its mean over all that was tried, and twice the
-    sharpness that it lacks. Chance is the standard error of the difference over images. Of two
-    kinds of noise that are as good, the one that was trained with is chosen.
+    The cost of an image is its error, in units of the least that was reached on it (or a quarter of
+    the mean of these, if that is more), and twice the sharpness that it lacks. Chance is the
+    standard error of the difference over images, and at most a tenth of the cost. Of two kinds of
+    noise that are as good, the one that was trained with is chosen.
     Raises: DataError if there are no rungs.
     """
     if not rungs:
         raise DataError("nothing was tried, so that nothing can be chosen")
-    units = np.maximum(1e-9, np.mean([rung.errors for rung in rungs], axis=0))
+    least = np.min([rung.errors for rung in rungs], axis=0)
+    units = np.maximum(least, max(LEAST_ERROR, float(least.mean()) / 4))
     costs = [_costs(rung, units) for rung in rungs]
     best = min(costs, key=lambda cost: float(cost.mean()))
     near = [rung for rung, cost in zip(rungs, costs, strict=True) if _is_near(cost, best)]
@@ -141,6 +146,7 @@ def _costs(rung: Rung, units: NDArray[np.float64]) -> NDArray[np.float64]:
 def _is_near(cost: NDArray[np.float64], best: NDArray[np.float64]) -> bool:
     more = cost - best
     chance = float(more.std(ddof=1)) / len(more) ** 0.5 if len(more) > 1 else 0.0
+    chance = min(chance, MOST_CHANCE * float(best.mean()))
     return float(more.mean()) <= TOLERANCE * float(best.mean()) + chance
 
 

@@ -92,8 +92,17 @@ def grid_loss(
 def choose_loss(config: TrainConfig, base: Base) -> Loss:
     """Give the loss that settings ask for.
 
-    Raises: ConfigError if pixels are to be compared and the base has no tiny decoder.
+    Raises: ConfigError if a setting belongs to another objective, or pixels are to be compared and
+    the base has no tiny decoder.
     """
+    wanted = {"start": "onestep", "pixel_loss": "onestep", "grid_steps": "grid"}
+    for name, objective in wanted.items():
+        default = TrainConfig.__dataclass_fields__[name].default
+        if config.objective != objective and getattr(config, name) != default:
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"--{flag} belongs to the objective {objective}, not {config.objective}."
+            )
     if config.objective == "diffusion":
         return diffusion_loss
     if config.objective == "grid":
@@ -101,7 +110,7 @@ def choose_loss(config: TrainConfig, base: Base) -> Loss:
     if config.pixel_loss and not base.has_tiny_decoder:
         raise ConfigError(
             f"--pixel-loss would take the whole decoder of {base.name} into every update: give a "
-            "tiny one with --vae, or leave it out."
+            "tiny one with --vae, if there is one for it, or leave it out."
         )
     return partial(
         onestep_loss, start=config.start, pixels=config.pixel_loss, decode=base.decode_last

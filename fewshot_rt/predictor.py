@@ -26,8 +26,8 @@ class Recipe:
     """All that answering takes besides the networks; kept in run folders and bundles as JSON.
 
     size: (H, W) that the model sees. latent_shape: (C, F, h, w). noise: "zero", or "seeded" (drawn
-    from `seed`, the same for every image). trained_noise: the kind that the adapter learned from,
-    whatever it answers best from. solver, start, drop_after, ends: see `sample`. batch: images
+    from `seed`, the same for every image). trained_noise, trained_steps: what the adapter was made
+    for, whatever it answers best with. solver, start, drop_after, ends: see `sample`. batch: images
     answered at once; the last batch is filled up, so that an answer does not depend on how many
     images came with it.
     """
@@ -41,6 +41,7 @@ class Recipe:
     steps: int = 1
     noise: str = "zero"
     trained_noise: str = "zero"
+    trained_steps: int = 1
     drop_after: int | None = None
     ends: int = 1
     seed: int = 0
@@ -54,14 +55,23 @@ class Recipe:
                 raise ConfigError(unknown("noise", noise, NOISES))
         if self.solver not in SOLVERS:
             raise ConfigError(unknown("solver", self.solver, SOLVERS))
-        if self.drop_after is not None and self.latent_shape[1] <= 2 * self.ends:
-            raise ConfigError(
-                f"of {self.latent_shape[1]} latent frames none is to be dropped: all are ends."
-            )
+        if self.drop_after is not None:
+            self._require_drop(self.drop_after)
         if not 0 < self.start <= 1:
             raise ConfigError(f"start must be above 0 and at most 1, not {self.start}")
         if self.steps < 1 or self.batch < 1:
             raise ConfigError(f"steps ({self.steps}) and batch ({self.batch}) must be at least 1")
+
+    def _require_drop(self, drop_after: int) -> None:
+        if self.latent_shape[1] <= 2 * self.ends:
+            raise ConfigError(
+                f"of {self.latent_shape[1]} latent frames none is to be dropped: all are ends."
+            )
+        if not 1 <= drop_after < self.steps:
+            raise ConfigError(
+                f"frames cannot be dropped after {drop_after} of {self.steps} steps: drop them "
+                "sooner, or give more --steps."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as JSON values."""
@@ -74,6 +84,9 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Make a recipe from what `to_dict` gave, or from its JSON."""
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        # Before there was a choice of noise, it was the one that the adapter was made for.
+        values.setdefault("trained_noise", values.get("noise", "zero"))
+        values.setdefault("trained_steps", values.get("steps", 1))
         values["codec"] = Codec.from_dict(values["codec"])
         values["schedule"] = Schedule.from_dict(values["schedule"])
         return cls(**values)

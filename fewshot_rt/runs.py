@@ -54,6 +54,7 @@ def make_recipe(base: "Base", task: "Task", config: "TrainConfig") -> Recipe:
         steps=steps,
         noise=noise,
         trained_noise=noise,
+        trained_steps=steps,
         ends=base.geometry.merged_frames,
         seed=config.seed,
         start=config.start if config.objective == "onestep" else 1.0,
@@ -115,7 +116,10 @@ def open_merged(
     Raises: ModelError if the run, its adapter, its base or such a file is missing, damaged or does
     not fit; ConfigError for a wrong scale or number of files.
     """
+    from .acceleration import add_acceleration
+
     base, adapter, values = _open(folder, device="cpu", weights="fp32", acceleration=acceleration)
+    add_acceleration(base, values["files"])
     adapter.merge(base)
     return base, adapter, values
 
@@ -139,7 +143,7 @@ def open_run(
     weights: str | None = None,
     offload: bool = False,
     acceleration: "Sequence[str]" = (),
-    drop_after: int | None = None,
+    drops: bool = False,
 ) -> Predictor:
     """Open a run as a predictor that runs in plain PyTorch.
 
@@ -147,11 +151,12 @@ def open_run(
     only training needs. Where it is not in fp32, the adapter stays beside it: merged, much of a
     small update would be lost in rounding.
     acceleration: a published LoRA for each transformer of the base, FILE or FILE:SCALE, that is
-    added to the weights under the adapter. drop_after: the number of steps after which the frames
-    between the first and the last are dropped, see `sample`.
+    added to the weights under the adapter. drops: let frames between the first and the last be
+    dropped, as the recipe's `drop_after` asks.
     Raises: ModelError if the run, its adapter, its base or such a file is missing, damaged or does
     not fit, or memory does not suffice; ConfigError for a wrong scale or number of files.
     """
+    from .acceleration import add_acceleration
     from .adapter import is_exact
     from .device import enough_memory
 
@@ -160,13 +165,13 @@ def open_run(
             folder, device=device, weights=weights, acceleration=acceleration
         )
         with base.offloaded() if offload else nullcontext():
+            add_acceleration(base, values["files"])
             if is_exact(base):
                 adapter.merge(base)
             else:
                 adapter.attach(base)
-        recipe = values["recipe"]
-        if drop_after is not None:
-            recipe = replace(recipe, drop_after=drop_after)
+        recipe = replace(values["recipe"], ends=base.geometry.merged_frames)
+        if drops:
             transition = values["transition"]
             base.play(replace(transition, span=transition.span or transition.frames))
         return base_predictor(base, recipe, values["prompt"], origin=str(folder))
@@ -175,8 +180,8 @@ def open_run(
 def _open(
     folder: Path, *, device: str, weights: str | None, acceleration: "Sequence[str]" = ()
 ) -> "tuple[Base, Adapter, dict[str, Any]]":
-    """Open a run's base, accelerated, its adapter and its settings."""
-    from .acceleration import Acceleration, add_acceleration
+    """Open a run's base, its adapter and its settings; among these, the files to accelerate it."""
+    from .acceleration import Acceleration
     from .adapter import Adapter
     from .bases import open_base
     from .task import Task
@@ -193,9 +198,7 @@ def _open(
     values["transition"] = Task.from_dict(values["task"]).transition
     base.play(values["transition"])
     values["prompt"] = _read_prompt(folder, base, values["task"]["prompt"])
-    values["acceleration"] = [file.to_dict() for file in files]
-    if files:
-        add_acceleration(base, files)
+    values["files"], values["acceleration"] = files, [file.to_dict() for file in files]
     return base, adapter, values
 
 

@@ -35,8 +35,9 @@ class TrainConfig:
     shots: int | None = option(None, "use only this many of the pairs, drawn by the seed")
     hold_out: int | None = option(
         None,
-        "pairs that are kept out of training, to try numbers of denoising steps on; 0 keeps none"
-        "  [default: test pairs if there are any, else a fifth of the pairs]",
+        "pairs that are kept out of training, to try numbers of denoising steps on; 0 keeps none, "
+        "and tries on test pairs alone  [default: none if there are test pairs, or others that "
+        "--shots leaves; else a fifth; of 2 or 3 none, but a second training goes without one]",
     )
     objective: str = option(
         "onestep",

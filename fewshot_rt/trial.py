@@ -31,15 +31,16 @@ class Trial:
 def plan_trial(task: Task, chosen: Task, hold_out: int | None) -> Trial:
     """Choose pairs to try on: so many of those chosen for training, or what suits.
 
-    None takes the test pairs of the task, if there are any; else a fifth of the chosen; of two or
-    three, one is left out of a training of its own; one alone is tried on itself. 0 holds nothing
-    out, and tries on test pairs alone.
+    None takes the test pairs of the task, if there are any; else pairs for training that were not
+    chosen; else a fifth of the chosen; of two or three, one is left out of a training of its own;
+    one alone is tried on itself. 0 holds nothing out, and tries on test pairs alone.
     Raises: ConfigError if no pair would be left to learn from.
     """
     pairs, test = chosen.pairs, task.split("test").pairs
-    if test and not hold_out:
-        index = np.unique(np.linspace(0, len(test) - 1, MOST_TRIED).round().astype(int))
-        return Trial(chosen, tuple(test[i] for i in index))
+    spare = test or tuple(pair for pair in task.split("train").pairs if pair not in pairs)
+    if (test and not hold_out) or (spare and hold_out is None):
+        index = np.unique(np.linspace(0, len(spare) - 1, MOST_TRIED).round().astype(int))
+        return Trial(chosen, tuple(spare[i] for i in index))
     if hold_out is None and len(pairs) == 1:
         return Trial(chosen, pairs, is_held_out=False)
     if hold_out is None and len(pairs) < FEW:

@@ -32,7 +32,7 @@ OPTIONAL = {
     "onnxruntime": "export/engines/onnx.py",
     "openvino": "export/engines/openvino.py",
     "tensorrt": "export/engines/trt.py",
-    "triton": "kernels/*.py",
+    "triton": "kernels/*_triton.py",
     "ray": "*/ray.py",
     "skimage": "benchmarks/*.py",
     "scipy": "benchmarks/*.py",

@@ -32,6 +32,9 @@ def rung(steps: int, errors: Any, sharpness: Any = (), noise: str = "seeded") ->
         # Differences of -0.2 and 0.3 are chance, of 0.1 and 0.1 are not.
         ([rung(1, [0.8, 1.3]), rung(4, [1.0, 1.0])], 1),
         ([rung(1, [1.1, 1.1]), rung(4, [1.0, 1.0])], 4),
+        # Worse on one image of eight alone is no chance, but up to a tenth may be.
+        ([rung(1, [0.1] * 7 + [0.9]), rung(4, [0.1] * 8)], 4),
+        ([rung(1, [1.0] * 7 + [1.7]), rung(4, [1.0] * 8)], 1),
         # A blur that errs least loses against sharp answers that err by a half more.
         ([rung(1, [1.0], [0.5]), rung(4, [1.5], [0.95])], 4),
         ([rung(1, [1.0], [0.9]), rung(4, [1.5], [0.95])], 1),
@@ -42,6 +45,14 @@ def rung(steps: int, errors: Any, sharpness: Any = (), noise: str = "seeded") ->
 def test_the_fewest_steps_that_are_as_good_are_chosen(rungs: list[Rung], expected: int) -> None:
     assert choose(rungs, trained_noise="zero").steps == expected
     assert choose(rungs[::-1], trained_noise="zero").steps == expected
+
+
+def test_rungs_that_are_much_worse_do_not_matter() -> None:
+    rungs = [rung(1, [0.1], [0.8]), rung(2, [0.14], [0.95])]
+    alone = choose(rungs, trained_noise="zero")
+    for error in (0.11, 0.15, 3.0):
+        others = [rung(k, [error], [0.5]) for k in (4, 8, 16)]
+        assert choose([*rungs, *others], trained_noise="zero") == alone
 
 
 @pytest.mark.parametrize(
@@ -67,6 +78,17 @@ def make_task(tmp_path: Path, write_noise_pairs: Any, count: int, test: int = 0)
     pairs = [replace(task.pairs[0], name=str(i)) for i in range(count)]
     tests = [replace(task.pairs[0], name=f"t{i}", split="test") for i in range(test)]
     return replace(task, pairs=(*pairs, *tests))
+
+
+def test_pairs_that_were_not_drawn_are_tried_on_first(
+    tmp_path: Path, write_noise_pairs: Any
+) -> None:
+    task = make_task(tmp_path, write_noise_pairs, 12)
+    for shots, tried in ((5, 7), (2, 8), (1, 8)):
+        chosen = task.shots(shots, 0)
+        trial = plan_trial(task, chosen, None)
+        assert (trial.learned, trial.apart, len(trial.tried)) == (chosen, None, tried)
+        assert not set(chosen.pairs) & set(trial.tried)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +166,7 @@ def test_three_pairs_lend_one_to_a_training_apart(workshop: Path, tmp_path: Path
             (alone / kind).mkdir(parents=True, exist_ok=True)
             (alone / kind / path.name).write_bytes(path.read_bytes())
     steps = list(fit(alone, tmp_path / "one", settings(workshop)))
-    assert [s.stage for s in steps] == ["train"] * 4 + ["trial"] * 4
+    assert [s.stage for s in steps] == ["train"] * 4 + ["trial"] * 4 + ["try"] * 10
     assert len(read_run(tmp_path / "one")["task"]["pairs"]) == 3
     curve = json.loads((tmp_path / "one" / "steps.json").read_text())
     assert (curve["images"], curve["is_held_out"]) == (1, True)

@@ -96,6 +96,8 @@ def test_the_arithmetic_is_that_of_the_literature(tmp_path: Path) -> None:
     cog = {name: v["zai-org/CogVideoX1.5-5B-I2V"] for name, v in found.variants.items()}
     assert cog["the paper's"] == pytest.approx(100 * 140.4, rel=1e-3)
     assert cog["the paper's"] / cog["1 step, 5 frames"] == pytest.approx(862, abs=2)
+    dropped = 2 * (5 * 140.4 + 45 * 32.3)
+    assert cog["frames dropped after 5 steps"] == pytest.approx(dropped, rel=2e-3)
     table = make_arithmetic_table(found)
     assert "| the paper's | 49 | 50 | 2 |" in table
     assert "14 PFLOP" in table

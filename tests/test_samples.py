@@ -373,7 +373,9 @@ def test_from_training_to_maps(run):
     run("predict", IMAGES / "4.png", "--samples", 3, "--out", "alone")
     for name in ("4.png", "disagreement/4.png"):
         assert Path("alone", name).read_bytes() == Path("answers", name).read_bytes()
-    predictor = open_run(Path("runs/two"))
+    status, _, err = run("predict", IMAGES, "--samples", 3, "--steps", 1)
+    assert (status, "samples would agree" in err) == (2, True)
+    predictor = open_run(Path("runs/two")).with_recipe(steps=8, noise="seeded")
     samples = sampled(predictor, to_model(read_image(IMAGES / "4.png"), (32, 32))[None], 3)[0]
     assert samples.std(axis=0).max() > 0.01
     files = decode_samples(Codec("mask"), samples, (32, 32))

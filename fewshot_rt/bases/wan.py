@@ -12,6 +12,7 @@ those of diffusers' pipeline.
 """
 
 import json
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ class WanDenoiser(Denoiser):
         self.transformer, self.dtype = transformer, transformer.dtype
         for module in transformer.modules():
             if isinstance(module, WanTransformer3DModel):
-                module.rope.register_forward_hook(self._place)
+                module.rope.register_forward_hook(_placed_by(weakref.ref(self)))
 
     def forward(
         self,
@@ -154,7 +155,7 @@ class WanDenoiser(Denoiser):
         towards_first = (noisy[:, :, :1] - first) / time[:, None, None, None, None]
         return torch.cat([towards_first, prediction[:, :, 1:]], dim=2)
 
-    def _place(self, rotary: Any, seen: tuple[Tensor], tables: Any) -> Any:
+    def place(self, rotary: Any, seen: tuple[Tensor], tables: Any) -> Any:
         """Give the rotary tables of the last frame's own place. Shapes: seen [B, C, F, h, w]."""
         if self.last_place is None:
             return tables
@@ -169,6 +170,16 @@ class WanDenoiser(Denoiser):
         count = (height // down) * (width // across)
         later = step[:, None].expand(-1, (frames - 1) * count)
         return torch.cat([step.new_zeros(step.shape[0], count), later], dim=1)
+
+
+def _placed_by(denoiser: "weakref.ref[WanDenoiser]") -> Callable[..., Any]:
+    """Make a hook that does not keep its denoiser alive."""
+
+    def hook(rotary: Any, seen: tuple[Tensor], tables: Any) -> Any:
+        owner = denoiser()
+        return tables if owner is None else owner.place(rotary, seen, tables)
+
+    return hook
 
 
 class ImageEncoder(nn.Module):
