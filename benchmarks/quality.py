@@ -35,8 +35,9 @@ def compare_trainings(
     variants: dict[str, dict[str, float]] = {}
     for name, config in configs.items():
         started = time.monotonic()
-        *_, last = fit(pairs, folder / name, config, overwrite=True)
-        seconds = time.monotonic() - started
+        for step in fit(pairs, folder / name, config, overwrite=True):
+            if step.stage == "train":
+                last, seconds = step, time.monotonic() - started
         chosen = task.shots(config.shots or available, config.seed)
         result = evaluate(open_run(folder / name), task, known=chosen.pairs)
         figures = {"steps": float(last.step), "training seconds": seconds}

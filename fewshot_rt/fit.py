@@ -67,7 +67,8 @@ def fit(
 
     A folder that holds a saved state goes on from it, and its settings must be the same; to
     overwrite, the folder is emptied once pairs, settings and base have proved good. The adapter is
-    reloaded into a fresh base at the end: it must load whole and change the output. Under torchrun
+    reloaded into a fresh base at the end: it must load whole and change the output. Then numbers of
+    denoising steps are tried, which yields steps of other stages than "train". Under torchrun
     (or `accelerate launch`) every process trains on its own GPU, all step as one, and the run is
     that of the first.
     Raises: DataError, ConfigError, ModelError.

@@ -34,7 +34,8 @@ STATE_FILE = "state/train.pt"
 class TrainStep:
     """What one update tells. Units: progress in [0, 1]; seconds of training left, estimated.
 
-    stage: "train", or "trial" for an adapter that is only tried and then let go.
+    stage: "train"; "trial" of an adapter that is only tried and then let go; "try" when `step`
+    denoising steps were tried; "walk" of a teacher.
     """
 
     step: int

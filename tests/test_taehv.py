@@ -251,6 +251,7 @@ def run(wan: Any, tmp_path: Path, write_noise_pairs: Any) -> Path:
         "rate": 0.02,
         "variants": 1,
         "augment": "none",
+        "hold_out": 0,
     }
     config = TrainConfig(base=str(wan("2.2-5B")), vae=str(path), size="32", device="cpu", **options)
     *_, last = fit(tmp_path / "pairs", tmp_path / "runs" / "one", config)
