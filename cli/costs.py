@@ -14,8 +14,11 @@ from fewshot_rt.costs import (
     open_on_meta,
     this_gpu,
 )
+from fewshot_rt.ladder import STEPS
 from fewshot_rt.memory import Memory, measure_memory
+from fewshot_rt.predictor import NOISES
 from fewshot_rt.train_config import TrainConfig
+from fewshot_rt.trial import MOST_TRIED
 
 from .bases import describe, shorten
 from .progress import say, show_table
@@ -23,6 +26,7 @@ from .progress import say, show_table
 if TYPE_CHECKING:
     from fewshot_rt.task import Task
 
+PASSES = sum(STEPS) * len(NOISES)  # of an image, for the curve over denoising steps
 VERBS = ("train", "predict", "offload")
 TITLES = {"train": "train", "predict": "predict", "offload": "predict with --offload"}
 
@@ -97,6 +101,10 @@ def _show(costs: dict[str, Any]) -> None:
         "These are estimates, of memory for encoding and decoding (coding) one video at a time; "
         f"times are at {costs['utilisation']:.0%} of a GPU's peak in bf16, in batches of "
         f"{costs['batch']}."
+    )
+    say(
+        f"At its end training tries how few steps are enough: {PASSES} predictions of each of up "
+        f"to {MOST_TRIED} images; --hold-out 0 leaves it out where there are no test pairs."
     )
     if costs["vae"]:
         say("coding is that of the base's own autoencoder; with --vae it takes far less.")

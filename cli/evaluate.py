@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .models import find_model, open_model
-from .options import FOLDER, json_option, runs_option, write_result
+from .options import FOLDER, Steps, json_option, runs_option, write_result
 from .progress import say, show_scores
 
 if TYPE_CHECKING:
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 @click.argument("pairs", type=FOLDER)
 @click.option("--model", type=FOLDER, help="Bundle or run.  [default: the newest of runs/latest]")
 @click.option("--panel", type=FOLDER, help="Write a picture: input | answer | target rows.")
-@click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: as trained]")
+@click.option(
+    "--steps",
+    type=Steps(),
+    default="auto",
+    show_default=True,
+    help="Denoising steps; auto takes as few as the training found enough.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @runs_option
 @json_option
@@ -35,7 +41,8 @@ def command(
 
     PAIRS is a folder of pairs; its test split is taken if it has one. The same metrics are given
     for the input itself, the mean target, the target of the nearest pair and, for masks, Otsu's
-    threshold.
+    threshold. Where the training had the same test pairs, it chose the number of steps on some of
+    them.
     """
     from fewshot_rt.evaluate import evaluate
     from fewshot_rt.task import Task
