@@ -98,7 +98,8 @@ def draw_rungs(records: Sequence[Record], path: Path) -> None:
             )
             for series in SERIES
         }
-        panels[f"{group} ({_count(found)} tasks)"] = lines
+        count = _count(found)
+        panels[f"{group} ({count} task{'s' * (count > 1)})"] = lines
     layout = Layout(
         columns=len(panels), across="denoising steps", up="mean skill", ticks=(1, 2, 4, 8, 16, 50)
     )
