@@ -120,16 +120,19 @@ def run_cells(
 def _settings(cell: Cell, protocol: Protocol, base: Base) -> dict[str, Any]:
     """Give what a record says of its cell: what is its own, then what one comparison shares."""
     return {
-        "group": cell.case.group,
-        "moves": cell.case.moves,
-        "metric": cell.case.metric,
-        "shots": cell.shots,
-        "seed": cell.seed,
+        **describe_cell(cell),
         **asdict(protocol),
         "revision": base.revision,
         "training": describe_training(protocol, base),
         "full_rate": FULL_RATE,
     }
+
+
+def describe_cell(cell: Cell) -> dict[str, Any]:
+    """Give what is a cell's own."""
+    case = cell.case
+    own = {"group": case.group, "moves": case.moves, "metric": case.metric}
+    return own | {"shots": cell.shots, "seed": cell.seed}
 
 
 def describe_training(protocol: Protocol, base: Base) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from fewshot_rt.train_config import TrainConfig
 from .learning import (
     Cell,
     Protocol,
+    describe_cell,
     describe_training,
     make_training,
     require_cells,
@@ -80,23 +81,18 @@ def run_rungs(
     done = [record for record in known if record.kind == KIND]
     base = open_base(protocol.base)
     require_cells(cells, protocol, base)
+    shared = {
+        **{k: v for k, v in asdict(protocol).items() if k != "unet_steps"},
+        "revision": base.revision,
+        "training": describe_training(protocol, base),
+        "distillation": vars(DistillConfig()),
+        "rungs": [PAPER_STEPS, SOLVED_STEPS, DISTILLED, GRID, UNLABELLED],
+        "pass_gflop": _pass_flop(protocol) / 1e9,
+    }
+    shared = json.loads(json.dumps(shared))  # as it comes back from a file
     with TemporaryDirectory() as folder:
         for cell in cells:
-            settings = {
-                "group": cell.case.group,
-                "moves": cell.case.moves,
-                "codec": cell.case.codec,
-                "metric": cell.case.metric,
-                "shots": cell.shots,
-                "seed": cell.seed,
-                **{k: v for k, v in asdict(protocol).items() if k != "unet_steps"},
-                "revision": base.revision,
-                "training": describe_training(protocol, base),
-                "distillation": vars(DistillConfig()),
-                "rungs": [PAPER_STEPS, SOLVED_STEPS, DISTILLED, GRID, UNLABELLED],
-                "pass_gflop": _pass_flop(protocol) / 1e9,
-            }
-            settings = json.loads(json.dumps(settings))  # as it comes back from a file
+            settings = {**describe_cell(cell), "codec": cell.case.codec, **shared}
             if any((r.case, dict(r.settings)) == (cell.case.name, settings) for r in done):
                 yield cell, None
                 continue
@@ -167,7 +163,8 @@ def _measure(cell: Cell, protocol: Protocol, place: Path) -> dict[str, dict[str,
         mean, _ = score(answers, targets, codec=task.codec, names=task.metrics)
         variants[name] = mean | {"error": squared_error(answers, targets, task.codec), **more}
 
-    for name, answers in _climb(cell, protocol, task, place, images):
+    inputs = [pair.source for pair in whole.split("train").pairs]
+    for name, answers in _climb(cell, protocol, task, place, images, inputs):
         add(name, answers.pixels, steps=answers.steps, image_ms=answers.image_ms)
     size = (protocol.size, protocol.size)
     for name, baseline in make_baselines(task.pairs, task.codec, size=size).items():
@@ -176,16 +173,23 @@ def _measure(cell: Cell, protocol: Protocol, place: Path) -> dict[str, dict[str,
 
 
 def _climb(
-    cell: Cell, protocol: Protocol, task: Task, place: Path, images: list[Pixels]
+    cell: Cell,
+    protocol: Protocol,
+    task: Task,
+    place: Path,
+    images: list[Pixels],
+    inputs: Sequence[Path],
 ) -> Iterator[tuple[str, Answers]]:
-    """Train on each rung and answer; the paper's adapter comes first, then teaches itself."""
+    """Train on each rung and answer; the paper's adapter comes first, then teaches itself.
+
+    inputs: files of all pairs for training, of which some are taken without their targets.
+    """
     base, config, predictor = _trained(cell, protocol, task, place, objective="diffusion")
     for steps in PAPER_STEPS:
         yield f"{PAPER}, {steps}", _answer(predictor, images, steps=steps, noise="seeded")
     for steps in SOLVED_STEPS:
         answers = _answer(predictor, images, steps=steps, noise="seeded", solver="dpm")
         yield f"{SOLVED}, {steps}", answers
-    inputs = [pair.source for pair in Task.load(place).split("train").pairs]
     shown = [p.source for p in task.pairs]
     shown += [path for path in inputs if path not in shown][:UNLABELLED]
     unlabelled = [to_model(read_image(path), predictor.recipe.size) for path in shown]

@@ -14,9 +14,8 @@ from fewshot_rt.costs import (
     open_on_meta,
     this_gpu,
 )
-from fewshot_rt.ladder import STEPS
+from fewshot_rt.ladder import PASSES
 from fewshot_rt.memory import Memory, measure_memory
-from fewshot_rt.predictor import NOISES
 from fewshot_rt.train_config import TrainConfig
 from fewshot_rt.trial import MOST_TRIED
 
@@ -26,7 +25,6 @@ from .progress import say, show_table
 if TYPE_CHECKING:
     from fewshot_rt.task import Task
 
-PASSES = sum(STEPS) * len(NOISES)  # of an image, for the curve over denoising steps
 VERBS = ("train", "predict", "offload")
 TITLES = {"train": "train", "predict": "predict", "offload": "predict with --offload"}
 

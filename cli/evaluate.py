@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .models import find_model, open_model
-from .options import FOLDER, Steps, json_option, runs_option, write_result
+from .options import FOLDER, json_option, runs_option, steps_option, write_result
 from .progress import say, show_scores
 
 if TYPE_CHECKING:
@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 @click.argument("pairs", type=FOLDER)
 @click.option("--model", type=FOLDER, help="Bundle or run.  [default: the newest of runs/latest]")
 @click.option("--panel", type=FOLDER, help="Write a picture: input | answer | target rows.")
-@click.option(
-    "--steps",
-    type=Steps(),
-    default="auto",
-    show_default=True,
-    help="Denoising steps; auto takes as few as the training found enough.",
-)
+@steps_option
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @runs_option
 @json_option

@@ -61,7 +61,7 @@ def command(
             origin={
                 "run": place.resolve().name,
                 "task_digest": adapter.provenance.digest,
-                "acceleration": values["acceleration"],
+                "acceleration": [file.to_dict() for file in values["acceleration"]],
             },
         )
         for index, step in enumerate(steps, start=1):

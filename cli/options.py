@@ -44,6 +44,17 @@ def runs_option(function: F) -> F:
     )(function)
 
 
+def steps_option(function: F) -> F:
+    """Add `--steps`: of denoising."""
+    return click.option(
+        "--steps",
+        type=Steps(),
+        default="auto",
+        show_default=True,
+        help="Denoising steps; auto takes as few as the training found enough.",
+    )(function)
+
+
 def acceleration_option(function: F) -> F:
     """Add `--accel-lora`: published LoRAs that let a base do with few steps."""
     return click.option(

@@ -17,10 +17,10 @@ from fewshot_rt.tiles import Tiling
 from .models import open_model
 from .options import (
     FOLDER,
-    Steps,
     acceleration_option,
     json_option,
     runs_option,
+    steps_option,
     write_result,
 )
 from .progress import meter, say
@@ -35,13 +35,7 @@ MOST_LISTED = 10
     "--out", type=FOLDER, default=Path("answers"), show_default=True, help="Where answers go."
 )
 @click.option("--overwrite", is_flag=True, help="Answer again what is answered already.")
-@click.option(
-    "--steps",
-    type=Steps(),
-    default="auto",
-    show_default=True,
-    help="Denoising steps; auto takes as few as the training found enough.",
-)
+@steps_option
 @click.option(
     "--noise",
     type=click.Choice(NOISES),

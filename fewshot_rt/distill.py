@@ -35,7 +35,7 @@ from .files import whole, write_json, write_text
 from .fit import probe, remove_run, require_effect
 from .images import find_images, read_image, to_model
 from .objectives import Predict
-from .predictor import Floats, Recipe
+from .predictor import Floats, Recipe, seeded_noises
 from .runs import (
     CONFIG_FILE,
     PROMPT_FILE,
@@ -85,8 +85,8 @@ def distill(
         settings = replace(settings, device=device)
         _begin(run, folder, recipe, _origin(run, paths, config))
         judge = _Judge(base, kept, recipe, prompt)
-        expected = judge.answer(replace(recipe, steps=config.teacher_steps))
-        before, bare = judge.answer(recipe), judge.predictor.answer(probe(judge.predictor))
+        expected, before = (judge.answer(n) for n in (config.teacher_steps, config.steps))
+        bare = judge.predictor.answer(probe(judge.predictor))
         chosen = _choose(learned, settings.suited(base.suited).batch, config)
         parts: list[dict[str, Tensor]] = []
         for part in walk(base, _load(chosen, recipe), prompt, recipe, config):
@@ -95,7 +95,7 @@ def distill(
         lesson = make_lesson(base, parts, prompt)
         base.rest()
         yield from learn(base, lesson, settings, folder, trainable=adapter_parameters)
-        after, told = judge.answer(recipe), judge.predictor.answer(probe(judge.predictor))
+        after, told = judge.answer(config.steps), judge.predictor.answer(probe(judge.predictor))
     provenance = replace(
         adapter.provenance, objective="distilled", steps=config.updates, seed=config.seed
     )
@@ -151,7 +151,7 @@ def walk(
     conditions [B, ...], for batches of images, all draws and all steps of each.
     """
     generator = np.random.default_rng(config.seed)
-    own = np.random.default_rng(recipe.seed).standard_normal(recipe.latent_shape, np.float32)
+    (own,) = seeded_noises(recipe, 1)
     for start in range(0, len(images), base.batch):
         pixels = torch.from_numpy(np.stack(images[start : start + base.batch])).to(base.device)
         conditions = base.condition(pixels, frames=recipe.latent_shape[1])
@@ -227,9 +227,9 @@ class _Judge:
         self.predictor = base_predictor(base, recipe, prompt, origin="judge")
         self.images = np.stack(_load(paths, recipe))
 
-    def answer(self, recipe: Recipe) -> Floats:
-        predictor = self.predictor.with_recipe(steps=recipe.steps, noise=recipe.noise)
-        batch = recipe.batch
+    def answer(self, steps: int) -> Floats:
+        predictor = self.predictor.with_recipe(steps=steps)
+        batch = predictor.recipe.batch
         parts = [self.images[i : i + batch] for i in range(0, len(self.images), batch)]
         return np.concatenate([predictor.answer(part) for part in parts])
 

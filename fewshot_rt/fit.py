@@ -23,7 +23,7 @@ from .errors import ModelError
 from .evaluate import write_panel
 from .files import reported, write_json, write_text
 from .images import Floats, read_image
-from .ladder import STEPS, Rung, climb, write_curve
+from .ladder import PASSES, STEPS, Rung, climb, write_curve
 from .latents import embed_prompt
 from .objectives import choose_loss
 from .parallel import join, leave, own_rank
@@ -227,8 +227,7 @@ def estimate(task: Task, config: TrainConfig) -> dict[str, float]:
     if trial.apart:
         seconds *= 2
     # A pass forward is about a third of an update of one clip.
-    passes = len(trial.tried) * sum(STEPS) * len(NOISES)
-    seconds += passes * update / (3 * config.suited(base.suited).batch)
+    seconds += len(trial.tried) * PASSES * update / (3 * config.suited(base.suited).batch)
     return {"seconds": seconds, "memory_gb": psutil.Process().memory_info().rss / 1e9}
 
 

@@ -22,6 +22,7 @@ from .predict import answer_images
 from .predictor import NOISES, Predictor
 
 STEPS = (1, 2, 4, 8, 16)
+PASSES = sum(STEPS) * len(NOISES)  # predictions of an image for the whole curve
 TOLERANCE = 0.02  # of the best cost, that fewer steps may cost more
 MOST_CHANCE = 0.1  # of the best cost, that counts as chance however few images there are
 LEAST_ERROR = 0.01  # below which errors do not count as different

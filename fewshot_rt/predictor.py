@@ -182,7 +182,7 @@ class Predictor:
     def _draw_noise(self) -> Floats:
         if self.recipe.noise == "zero":
             return np.zeros((self.recipe.batch, *self.recipe.latent_shape), np.float32)
-        return np.repeat(_seeded(self.recipe, 1), self.recipe.batch, axis=0)
+        return np.repeat(seeded_noises(self.recipe, 1), self.recipe.batch, axis=0)
 
 
 def draw_noises(recipe: Recipe, count: int) -> Floats:
@@ -200,9 +200,10 @@ def draw_noises(recipe: Recipe, count: int) -> Floats:
             "this model learned from zero noise alone, and samples from other noise would say "
             "nothing. Train with --objective diffusion or grid, or answer without samples."
         )
-    return _seeded(recipe, count)
+    return seeded_noises(recipe, count)
 
 
-def _seeded(recipe: Recipe, count: int) -> Floats:
+def seeded_noises(recipe: Recipe, count: int) -> Floats:
+    """Draw noises by a recipe's seed; those of fewer come first. Shapes: [N, C, F, h, w]."""
     rng = np.random.default_rng(recipe.seed)
     return rng.standard_normal((count, *recipe.latent_shape), np.float32)

@@ -112,14 +112,14 @@ def open_merged(
     """Open a run's base in fp32, on the CPU, with its adapter merged, for what is built of it.
 
     acceleration: as `open_run` has it. The adapter is given and the run's settings too; in them,
-    "prompt" is the task's, embedded, and "acceleration" says which files were added.
+    "prompt" is the task's, embedded, and "acceleration" are the files that were added.
     Raises: ModelError if the run, its adapter, its base or such a file is missing, damaged or does
     not fit; ConfigError for a wrong scale or number of files.
     """
     from .acceleration import add_acceleration
 
     base, adapter, values = _open(folder, device="cpu", weights="fp32", acceleration=acceleration)
-    add_acceleration(base, values["files"])
+    add_acceleration(base, values["acceleration"])
     adapter.merge(base)
     return base, adapter, values
 
@@ -165,7 +165,7 @@ def open_run(
             folder, device=device, weights=weights, acceleration=acceleration
         )
         with base.offloaded() if offload else nullcontext():
-            add_acceleration(base, values["files"])
+            add_acceleration(base, values["acceleration"])
             if is_exact(base):
                 adapter.merge(base)
             else:
@@ -198,7 +198,7 @@ def _open(
     values["transition"] = Task.from_dict(values["task"]).transition
     base.play(values["transition"])
     values["prompt"] = _read_prompt(folder, base, values["task"]["prompt"])
-    values["files"], values["acceleration"] = files, [file.to_dict() for file in files]
+    values["acceleration"] = files
     return base, adapter, values
 
 

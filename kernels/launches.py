@@ -66,16 +66,19 @@ _IEEE = _by_width(64, 32, warps=8, stages=2, is_split=False)
 # fp32 is twice as wide in memory, so half as many keys are under way as in bf16.
 _TF32 = _by_width(128, 32, warps=8, stages=2)
 
+# Four warps of 32 queries where the registers suffice, else eight of 16.
+_HALF = (
+    *_by_width(128, 64, warps=4, stages=3, widths=(32, 64)),
+    *_by_width(128, 64, warps=8, stages=3, widths=(128,)),
+)
+
 ARCHITECTURES = {
     # A100: mma of one warp. Four warps of 32 queries read keys from shared memory half as often as
     # eight of 16, and two programs fit; at width 128 only eight have the registers.
     "sm_80": Architecture(
         shared_bytes=163 << 10,
         launches={
-            "half": (
-                *_by_width(128, 64, warps=4, stages=3, widths=(32, 64)),
-                *_by_width(128, 64, warps=8, stages=3, widths=(128,)),
-            ),
+            "half": _HALF,
             "tf32": _TF32,
             "ieee": _IEEE,
         },
@@ -97,10 +100,7 @@ ARCHITECTURES = {
     "sm_90": Architecture(
         shared_bytes=227 << 10,
         launches={
-            "half": (
-                *_by_width(128, 64, warps=4, stages=3, widths=(32, 64)),
-                *_by_width(128, 64, warps=8, stages=3, widths=(128,)),
-            ),
+            "half": _HALF,
             "tf32": _TF32,
             "ieee": _IEEE,
         },
@@ -110,10 +110,7 @@ ARCHITECTURES = {
     "sm_100": Architecture(
         shared_bytes=227 << 10,
         launches={
-            "half": (
-                *_by_width(128, 64, warps=4, stages=3, widths=(32, 64)),
-                *_by_width(128, 64, warps=8, stages=3, widths=(128,)),
-            ),
+            "half": _HALF,
             "tf32": _by_width(128, 32, warps=8, stages=3),
             "ieee": _by_width(32, 32, warps=8, stages=2, is_split=False),
         },
