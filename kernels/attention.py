@@ -4,21 +4,27 @@ Axes: B batch, N heads, L tokens of the queries, K tokens of the keys, D head wi
 """
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.library import custom_op, triton_op, wrap_triton
+from torch.library import wrap_triton
 from torch.nn.functional import scaled_dot_product_attention
 
-from .launches import MOST_WIDTH, PRECISIONS, Launch, architecture, launch_for
+from .declaration import (
+    DTYPES,
+    HAS_TRITON,
+    Given,
+    architecture_of,
+    check_arithmetic,
+    check_mask,
+    declare,
+    dense,
+    refuse_gradients,
+)
+from .launches import MOST_WIDTH, Launch, launch_for
 
-HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
     from .attention_triton import attention_kernel
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def run_kernel(
@@ -34,8 +40,8 @@ def run_kernel(
 ) -> Tensor:
     """Start the kernel over all blocks of queries, and give what it wrote."""
     (batch, heads, length, width), key_length = query.shape, key.shape[2]
-    query, key, value = _dense(query), _dense(key), _dense(value)
-    mask = None if mask is None else _dense(mask)
+    query, key, value = dense(query), dense(key), dense(value)
+    mask = None if mask is None else dense(mask)
     out = _empty(query)
     blocks = (length + launch.query_block - 1) // launch.query_block
     kernel[(blocks * batch * heads,)](
@@ -82,13 +88,8 @@ def _on_cuda(
     scale: float,
     precision: str,
 ) -> Tensor:
-    if not HAS_TRITON:
-        raise RuntimeError(
-            f"attention on {query.device} needs the package 'triton', which is not installed. "
-            "Install fewshot-rt[cuda], or keep torch's scaled_dot_product_attention."
-        )
     launch = launch_for(
-        architecture(torch.cuda.get_device_capability(query.device)),
+        architecture_of(query.device),
         dtype=query.dtype,
         width=query.shape[-1],
         precision=precision,
@@ -110,10 +111,6 @@ def _empty(query: Tensor) -> Tensor:
     return query.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _check(
     query: Tensor,
     key: Tensor,
@@ -122,9 +119,8 @@ def _check(
     scale: float | None,
     precision: str,
 ) -> None:
-    tensors = {"query": query, "key": key, "value": value}
-    given = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in tensors.items())
-    if any(t.dim() != 4 or t.dtype not in DTYPES for t in tensors.values()):
+    given = Given(query=query, key=key, value=value)
+    if any(t.dim() != 4 or t.dtype not in DTYPES for t in (query, key, value)):
         raise ValueError(f"attention takes [B, N, L, D] in bf16, fp16 or fp32, got {given}")
     if any(t.dtype != query.dtype or t.device != query.device for t in (key, value)):
         raise ValueError(f"attention takes one type and device, got {given}")
@@ -134,33 +130,27 @@ def _check(
         raise ValueError(f"keys and values must share batch, heads and width, got {given}")
     if width > MOST_WIDTH:
         raise ValueError(f"heads may be at most {MOST_WIDTH} wide, got {given}")
-    if scale is not None and scale <= 0:
-        raise ValueError(f"the scale must be positive, got {scale}")
-    _check_mask(mask, key)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is unknown. Possible: {', '.join(PRECISIONS)}.")
-    if precision != "ieee" and query.dtype is not torch.float32:
-        raise ValueError(f"precision {precision!r} is for fp32, got {given}")
+    check_mask(mask, (batch, key.shape[2]), query.device)
+    check_arithmetic(query, scale=scale, precision=precision)
 
 
-def _check_mask(mask: Tensor | None, key: Tensor) -> None:
-    if mask is None:
-        return
-    expected = (key.shape[0], key.shape[2])
-    is_bool_on_device = mask.dtype is torch.bool and mask.device == key.device
-    if mask.shape != expected or not is_bool_on_device:
-        raise ValueError(
-            f"the mask must be bool {list(expected)} on {key.device}, got {mask.dtype} "
-            f"{list(mask.shape)} on {mask.device}"
-        )
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float | None,
+    precision: str,
+) -> Tensor:
+    """Compute what the operator gives, without its checks, for operators that have their own."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.device.type == "cpu":
+        return _on_cpu(query, key, value, mask, scale)
+    return _on_cuda(query, key, value, mask, scale, precision)
 
 
-# triton_op looks for the kernel in what stands above, so that caches of compiled graphs know its
-# source; without Triton it would only warn that it finds none.
-_declare = triton_op if HAS_TRITON else custom_op
-
-
-@_declare("fewshot_rt::attention", mutates_args=())
+@declare("attention")
 def attention(
     query: Tensor,
     key: Tensor,
@@ -179,10 +169,7 @@ def attention(
     without Triton.
     """
     _check(query, key, value, mask, scale, precision)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.device.type == "cpu":
-        return _on_cpu(query, key, value, mask, scale)
-    return _on_cuda(query, key, value, mask, scale, precision)
+    return attend(query, key, value, mask=mask, scale=scale, precision=precision)
 
 
 @attention.register_fake
@@ -198,16 +185,4 @@ def _fake(
     return _empty(query)
 
 
-def _refuse_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    raise RuntimeError(
-        "fewshot_rt::attention has no gradient, and an input requires one. Call it under "
-        "torch.no_grad(), or train with torch's scaled_dot_product_attention."
-    )
-
-
-def _no_gradient(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # noqa: ARG001
-    return (None,) * 6
-
-
-# Raised at the call: torch's own refusal would come only with the backward pass.
-attention.register_autograd(_no_gradient, setup_context=_refuse_gradient)
+refuse_gradients(attention, "attention")

@@ -1,9 +1,9 @@
-"""How the attention kernel is cut into blocks on each architecture; nothing is tuned at run time.
+"""How the kernels are cut into blocks on each architecture; nothing is tuned at run time.
 
 Without a GPU at hand, the values were chosen from what the compiler reports: no register is spilled
 with or without a mask, what a block needs fits the architecture's shared memory, and within that
 the largest blocks of queries, which read keys and values least often. Every line is compiled in
-`tests/test_kernels_compiled.py`.
+`tests/test_kernels_compiled.py` and `tests/test_kernels_normed_compiled.py`.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch
 
 PRECISIONS = ("ieee", "tf32")
 MOST_WIDTH = 128
+MOST_CHANNELS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,27 @@ class Launch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowLaunch:
+    """One configuration of what goes over rows once: rows and warps of a program.
+
+    width_block: the width of rows it is for, a power of two; narrower rows are padded to it.
+    """
+
+    width_block: int
+    rows: int
+    warps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One generation of GPUs: the shared memory a program may have, and its launches by kind."""
+    """One generation of GPUs: the shared memory a program may have, and its launches.
+
+    launches: of the attention kernel, by kind. rows: of the kernel that prepares its inputs.
+    """
 
     shared_bytes: int
     launches: dict[str, tuple[Launch, ...]]
+    rows: tuple[RowLaunch, ...]
 
 
 def _by_width(
@@ -72,6 +89,14 @@ _HALF = (
     *_by_width(128, 64, warps=8, stages=3, widths=(128,)),
 )
 
+# Memory alone bounds what goes over rows once. Sixteen values a thread: two loads of 16 bytes in
+# bf16, at most 64 registers, so that half of the threads a multiprocessor can have are under way.
+_ROWS = (
+    *(RowLaunch(width_block=width, rows=2048 // width, warps=4) for width in (32, 64, 128)),
+    *(RowLaunch(width_block=width, rows=4096 // width, warps=8) for width in (512, 2048, 4096)),
+    RowLaunch(width_block=8192, rows=1, warps=16),
+)
+
 ARCHITECTURES = {
     # A100: mma of one warp. Four warps of 32 queries read keys from shared memory half as often as
     # eight of 16, and two programs fit; at width 128 only eight have the registers.
@@ -82,6 +107,7 @@ ARCHITECTURES = {
             "tf32": _TF32,
             "ieee": _IEEE,
         },
+        rows=_ROWS,
     ),
     # Consumer cards: 99 KiB. ptxas spills with four warps here; at width 128, 64 keys do not fit.
     "sm_89": Architecture(
@@ -94,6 +120,7 @@ ARCHITECTURES = {
             "tf32": _TF32,
             "ieee": _IEEE,
         },
+        rows=_ROWS,
     ),
     # H100: wgmma of four warps. Two programs of one warp group each share a multiprocessor, so that
     # one takes exponents while the other multiplies; at width 128 one program of two groups.
@@ -104,6 +131,7 @@ ARCHITECTURES = {
             "tf32": _TF32,
             "ieee": _IEEE,
         },
+        rows=_ROWS,
     ),
     # B200: tcgen05, accumulators in tensor memory; in bf16 as on H100, in tf32 two stages spill.
     # From 64 queries on, Triton 3.7 sends products in full fp32 to the matrix cores, as tf32.
@@ -114,6 +142,7 @@ ARCHITECTURES = {
             "tf32": _by_width(128, 32, warps=8, stages=3),
             "ieee": _by_width(32, 32, warps=8, stages=2, is_split=False),
         },
+        rows=_ROWS,
     ),
 }
 # By compute capability. Those of one line have the matrix instructions and no less shared memory.
@@ -151,3 +180,8 @@ def launch_for(name: str, *, dtype: torch.dtype, width: int, precision: str) -> 
     return next(
         launch for launch in ARCHITECTURES[name].launches[kind] if width <= launch.width_block
     )
+
+
+def row_launch_for(name: str, width: int) -> RowLaunch:
+    """Give the launch for rows of a width on a named architecture."""
+    return next(launch for launch in ARCHITECTURES[name].rows if width <= launch.width_block)
