@@ -23,23 +23,25 @@ def bench_predict(
     case: str,
     floor: Floor,
     reference: str = "eager",
+    precisions: Mapping[str, str] | None = None,
     rounds: int = 20,
     warmup: int = 2,
 ) -> Record:
     """Measure variants that answer one batch of images; without parity, no number.
 
     variants: by name, usually "plain" (see `plain_loop`), "eager" (`Predictor.answer` of the merged
-    base) and one for each bundle. floor: see `find_floor`.
+    base) and one for each bundle. floor: see `find_floor`. precisions: of variants that are not in
+    fp32, by name.
 
     Shapes: images [B, 3, H, W], at most one batch of the predictors.
-    Raises: EngineError if an answer differs from the reference by more than fp32 allows;
+    Raises: EngineError if an answer differs from the reference by more than its precision allows;
     ConfigError if the reference is not among the variants.
     """
     if reference not in variants:
         raise ConfigError(unknown("variant", reference, variants))
     answers, first_ms = _first_calls(variants, images)
     parity = {
-        name: _gate(name, answers[reference], answer)
+        name: _gate(name, answers[reference], answer, (precisions or {}).get(name, "fp32"))
         for name, answer in answers.items()
         if name != reference
     }
@@ -71,9 +73,9 @@ def _first_calls(
     return answers, times
 
 
-def _gate(name: str, reference: Floats, answer: Floats) -> Parity:
+def _gate(name: str, reference: Floats, answer: Floats, precision: str) -> Parity:
     parities = compare({"image": reference}, {"image": answer})
-    require(parities, role=name, tolerance="fp32")
+    require(parities, role=name, tolerance=precision)
     return parities["image"]
 
 

@@ -58,7 +58,7 @@ def _measure(place: Path, *, batch: int, rounds: int) -> Any:
     from fewshot_rt.benchmarks.floor import find_floor
     from fewshot_rt.benchmarks.plain import plain_loop
     from fewshot_rt.benchmarks.run import bench_predict
-    from fewshot_rt.export.bundle import open_bundle
+    from fewshot_rt.export.bundle import open_bundle, read_manifest
     from fewshot_rt.runs import base_predictor, open_merged
 
     merged, _, values = open_merged(place)
@@ -71,14 +71,17 @@ def _measure(place: Path, *, batch: int, rounds: int) -> Any:
     Adapter.load(place).attach(attached)
     plain = plain_loop(attached, prompt=prompt, recipe=recipe, decode=attached.decode)
     variants = {"plain": plain, "eager": eager.answer}
+    precisions = {}
     for manifest in sorted(place.glob(f"bundles/*/{MANIFEST_FILE}")):
-        bundle = open_bundle(manifest.parent).with_recipe(batch=batch)
-        variants[manifest.parent.name] = bundle.answer
+        name = manifest.parent.name
+        variants[name] = open_bundle(manifest.parent).with_recipe(batch=batch).answer
+        precisions[name] = read_manifest(manifest.parent)["precision"]
     return bench_predict(
         variants,
         _images(values["task"], recipe.size, batch),
         case=f"predict-batch{batch}",
         floor=find_floor(merged, eager),
+        precisions=precisions,
         rounds=rounds,
     )
 

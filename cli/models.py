@@ -44,11 +44,18 @@ def open_model(
 ) -> tuple[Predictor, Path]:
     """Open a model as a predictor; give its folder too.
 
-    steps: None takes as few as the training found enough; with others, noise is of the kind that
-    the adapter was made for. is_sampled: take the steps that it was made for. way: solver, noise,
-    and, for runs alone, drop_after, offload and acceleration; see `Recipe` and `open_run`.
+    steps, is_sampled, way: see `steer`; and, for runs alone, drop_after, offload and acceleration,
+    see `Recipe` and `open_run`.
     Raises: ModelError, EngineError; ConfigError if something is asked for that is of no use here.
     """
+    predictor, place, way = open_plain(given, runs, device=device, **way)
+    return steer(predictor, steps=steps, is_sampled=is_sampled, **way), place
+
+
+def open_plain(
+    given: Path | None, runs: Path, *, device: str = "cpu", **way: Any
+) -> tuple[Predictor, Path, dict[str, Any]]:
+    """Open a model to be steered; give its folder and what is left for `steer`, too."""
     way = {name: value for name, value in way.items() if value}
     of_run = {name: way.pop(name) for name in ("offload", "acceleration") if name in way}
     if "offload" in of_run and device == "cpu":
@@ -63,6 +70,19 @@ def open_model(
         predictor = open_run(place, device=device, drops="drop_after" in way, **of_run)
     if "acceleration" in of_run:
         way = {"noise": "seeded"} | way
+    return predictor, place, way
+
+
+def steer(
+    predictor: Predictor, *, steps: int | None = None, is_sampled: bool = False, **way: Any
+) -> Predictor:
+    """Let a predictor, with the adapter that it has now, answer in another way.
+
+    steps: None takes as few as the training found enough; with others, noise is of the kind that
+    the adapter was made for. is_sampled: take the steps that it was made for. way: solver, noise
+    and drop_after, see `Recipe`.
+    Raises: ConfigError if something is asked for that is of no use here.
+    """
     if is_sampled:
         steps = steps or predictor.recipe.trained_steps
         if steps == 1 and predictor.recipe.trained_noise == "seeded":
@@ -72,7 +92,7 @@ def open_model(
             )
     if steps is not None and steps != predictor.recipe.steps:
         way = {"noise": predictor.recipe.trained_noise, "steps": steps} | way
-    return (predictor.with_recipe(**way) if way else predictor), place
+    return predictor.with_recipe(**way) if way else predictor
 
 
 def place_run(runs: Path, name: str, *, resume: bool, overwrite: bool) -> Path:

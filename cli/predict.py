@@ -1,20 +1,21 @@
 """`fewshot-rt predict`: one answer for every image of a folder."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fewshot_rt.predict import Answered, plan, predict
-from fewshot_rt.predictor import NOISES
+from fewshot_rt.errors import ConfigError, unknown
+from fewshot_rt.predict import Answered, Job, plan, predict
+from fewshot_rt.predictor import NOISES, Predictor
 from fewshot_rt.sample import SOLVERS
 from fewshot_rt.samples import FOLDER as MAPS
 from fewshot_rt.tiles import Tiling
 
-from .models import open_model
+from .models import open_plain, steer
 from .options import (
     FOLDER,
     acceleration_option,
@@ -70,6 +71,14 @@ MOST_LISTED = 10
     metavar="N",
     help="Answer from N noises: their mean, and a map of where they disagree.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME",
+    help="Of a bundle that holds several, one or more: answers of each go to OUT/NAME.  [default: "
+    "the first]",
+)
 @runs_option
 @json_option
 def command(
@@ -80,6 +89,8 @@ def command(
     tile: bool,
     overlap: float | None,
     samples: int | None,
+    adapters: tuple[str, ...],
+    steps: int | None,
     runs: Path,
     as_json: bool,
     **way: Any,
@@ -92,31 +103,36 @@ def command(
 
     Images are resized to the model's size, and details smaller than its pixels are lost. With
     --tile they are not resized: overlapping windows of the model's size are answered and their
-    answers blended, so that large images keep full detail. Things then appear as large as they are
-    in the image's own pixels. Train for it on pairs that are crops of the model's size at the same
-    magnification. Images smaller than a window are continued by their mirror image.
+    answers blended, so that large images keep full detail. Train for it on pairs that are crops of
+    the model's size at the same magnification. Smaller images are continued by their mirror image.
 
     With --samples the answer is the mean of N (of labels, the class for which they speak most), and
     the folder disagreement/ of --out has a gray PNG of the same name, bright where they disagree:
     for pictures and gray, their standard deviation, where 255 is 0.125 or more of pixels from 0 to
     1; for masks and labels, the share of samples that differ from the answer, where 255 is all. An
     answer is kept only if this file is there, too. Train for it with --objective diffusion or grid.
+
+    With --adapter, given several times, one bundle answers several tasks: adapters change in place.
     """
     tiling = _tiling(tile, overlap, samples)
-    jobs = plan(source, out, is_sampled=samples is not None)
+    is_sampled = samples is not None
+    # Without a choice of adapters there is one, and no name for it.
+    places = {name: out / name for name in adapters} or {"": out}
+    jobs = {name: plan(source, to, is_sampled=is_sampled) for name, to in places.items()}
     started = time.monotonic()
-    predictor, place = open_model(model, runs, is_sampled=samples is not None, **way)
+    predictor, place, way = open_plain(model, runs, **way)
+    _require_adapters(predictor, adapters, place)
     say(f"model: {place}")
-    results = predict(predictor, jobs, overwrite=overwrite, tiling=tiling, samples=samples)
-    counts, failed = _count(results, len(jobs))
+    way |= {"steps": steps, "is_sampled": is_sampled}
+    options = {"overwrite": overwrite, "tiling": tiling, "samples": samples}
+    results = _answers(predictor, jobs, way=way, options=options)
+    counts, failed = _count(results, sum(map(len, jobs.values())))
     seconds = time.monotonic() - started
-    _say_failed(failed)
-    _say_counts(counts, f"in {seconds:.1f} s: {out}")
-    if samples:
-        say(f"where the {samples} samples disagree: {out / MAPS}")
+    _say_done(counts, failed, seconds=seconds, places=places.values(), samples=samples)
     summary = {
         "out": out,
         "model": place,
+        "adapters": list(adapters),
         "tiling": asdict(tiling) if tiling else None,
         "samples": samples,
         **counts,
@@ -125,6 +141,35 @@ def command(
     }
     write_result(summary, as_json=as_json)
     return 1 if failed else 0
+
+
+def _answers(
+    predictor: Predictor,
+    jobs: Mapping[str, Sequence[Job]],
+    *,
+    way: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Iterator[Answered]:
+    """Answer the jobs of each adapter; one without a name is the one that is there.
+
+    way: see `steer`. options: see `predict`.
+    """
+    for name, planned in jobs.items():
+        if name:
+            predictor.use(name)
+        yield from predict(steer(predictor, **way), planned, **options)
+
+
+def _require_adapters(predictor: Predictor, adapters: Sequence[str], place: Path) -> None:
+    """Require that a model has the adapters, before any image is answered. Raises: ConfigError."""
+    if adapters and not predictor.adapters:
+        raise ConfigError(
+            f"{place} holds one adapter and is called without --adapter. Bundles of the engines "
+            "aoti and inductor can hold several: fewshot-rt export --into BUNDLE."
+        )
+    for name in adapters:
+        if name not in predictor.adapters:
+            raise ConfigError(unknown("adapter", name, predictor.adapters))
 
 
 def _count(results: Iterator[Answered], total: int) -> tuple[dict[str, int], list[dict[str, str]]]:
@@ -151,13 +196,20 @@ def _tiling(tile: bool, overlap: float | None, samples: int | None) -> Tiling | 
     return Tiling(overlap=overlap)
 
 
-def _say_counts(counts: dict[str, int], rest: str) -> None:
-    done, kept, failed = (counts[status] for status in ("done", "kept", "failed"))
-    say(f"{done} answered, {kept} kept as they were, {failed} failed {rest}")
-
-
-def _say_failed(failed: list[dict[str, str]]) -> None:
+def _say_done(
+    counts: dict[str, int],
+    failed: list[dict[str, str]],
+    *,
+    seconds: float,
+    places: Iterable[Path],
+    samples: int | None,
+) -> None:
     for item in failed[:MOST_LISTED]:
         say(f"failed: {item['error']}")
     if len(failed) > MOST_LISTED:
         say(f"failed: {len(failed) - MOST_LISTED} more")
+    done, kept, number = (counts[status] for status in ("done", "kept", "failed"))
+    where = ", ".join(map(str, places))
+    say(f"{done} answered, {kept} kept as they were, {number} failed in {seconds:.1f} s: {where}")
+    if samples:
+        say(f"where the {samples} samples disagree: the folder {MAPS} there")

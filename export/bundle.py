@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from fewshot_rt.errors import ConfigError, ModelError
 from fewshot_rt.files import reported, write_json
@@ -25,8 +23,12 @@ from fewshot_rt.predictor import Predictor, Recipe
 from fewshot_rt.spec import ROLES, Signature
 from fewshot_rt.versions import versions
 
+from .adapters import Adapters, Held, read_prompt, write_prompt, write_updates
 from .engine import require_engine
 from .parity import Parity
+
+if TYPE_CHECKING:
+    from .live import Update
 
 FORMAT = 1
 MANIFEST, PROMPT = "manifest.json", "prompt.safetensors"
@@ -75,13 +77,21 @@ def staged_bundle(folder: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_bundle(staging: Path, contents: Contents) -> None:
+def write_bundle(
+    staging: Path, contents: Contents, held: "Mapping[str, Mapping[str, Update]] | None" = None
+) -> None:
     """Complete a staged folder, in which the files of the roles are, with prompt and manifest.
 
+    held: adapters by name that are kept beside the base's weights; recipe and prompt of the
+    contents are those of the one.
     Raises: DataError if the disk is full.
     """
-    save_file({k: np.ascontiguousarray(v) for k, v in contents.prompt.items()}, staging / PROMPT)
-    files = {path.name: _fingerprint(path) for path in sorted(staging.iterdir())}
+    write_prompt(staging / PROMPT, contents.prompt)
+    adapters = {}
+    for name, updates in (held or {}).items():
+        said = {"recipe": contents.recipe, "parity": contents.parity, "origin": contents.origin}
+        adapters[name] = write_held(staging, name, updates, contents.prompt, **said)
+    files = {path.name: fingerprint(path) for path in sorted(staging.iterdir())}
     roles = {
         role: {"file": contents.files[role], "signature": contents.signatures[role].to_dict()}
         for role in ROLES
@@ -94,14 +104,71 @@ def write_bundle(staging: Path, contents: Contents) -> None:
         "recipe": contents.recipe.to_dict(),
         "roles": roles,
         "files": files,
-        "parity": {
-            role: {name: parity.to_dict() for name, parity in group.items()}
-            for role, group in contents.parity.items()
-        },
+        "parity": parity_values(contents.parity),
+        "adapters": adapters,
         "versions": versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     write_json(staging / MANIFEST, manifest)
+
+
+def write_held(
+    folder: Path,
+    name: str,
+    updates: "Mapping[str, Update]",
+    prompt: Mapping[str, np.ndarray],
+    **said: Any,
+) -> dict[str, Any]:
+    """Write an adapter and its prompt into a bundle's folder; give what the manifest says of it.
+
+    said: recipe, parity and origin, as `Contents` has them.
+    Raises: ConfigError if the name is no plain name.
+    """
+    require_name(name)
+    file, prompt_file = f"adapter-{name}.safetensors", f"prompt-{name}.safetensors"
+    write_updates(folder / file, updates)
+    write_prompt(folder / prompt_file, prompt)
+    return {
+        "file": file,
+        "prompt": prompt_file,
+        "recipe": said["recipe"].to_dict(),
+        "parity": parity_values(said["parity"]),
+        "origin": dict(said["origin"]),
+    }
+
+
+def require_name(name: str) -> None:
+    """Require that an adapter's name can be a file's. Raises: ConfigError."""
+    if Path(name).name != name or name.startswith("."):
+        raise ConfigError(f"an adapter's name must be one plain name, not {name!r}.")
+
+
+def add_held(
+    folder: Path,
+    name: str,
+    updates: "Mapping[str, Update]",
+    prompt: Mapping[str, np.ndarray],
+    **said: Any,
+) -> None:
+    """Add an adapter to a bundle that is there; its manifest changes last. said: see `write_held`.
+
+    Raises: ConfigError if the name is no plain name; DataError if the disk is full.
+    """
+    manifest = read_manifest(folder)
+    with reported(folder):
+        entry = write_held(folder, name, updates, prompt, **said)
+        for file in (entry["file"], entry["prompt"]):
+            manifest["files"][file] = fingerprint(folder / file)
+        manifest["adapters"][name] = entry
+        write_json(folder / MANIFEST, manifest)
+
+
+def parity_values(parity: Mapping[str, Mapping[str, Parity]]) -> dict[str, dict[str, Any]]:
+    """Give figures of parity as JSON values."""
+    return {
+        role: {name: figures.to_dict() for name, figures in group.items()}
+        for role, group in parity.items()
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -139,7 +206,9 @@ def open_bundle(path: Path, *, device: str = "cpu", threads: int | None = None) 
             role: Signature.from_dict(manifest["roles"][role]["signature"]) for role in ROLES
         }
         engine_name, precision = str(manifest["engine"]), str(manifest["precision"])
-        _check_files(path, manifest["files"], needed={*files.values(), PROMPT})
+        held = {name: Held.from_dict(v) for name, v in manifest.get("adapters", {}).items()}
+        own = {file for one in held.values() for file in (one.file, one.prompt)}
+        _check_files(path, manifest["files"], needed={*files.values(), PROMPT, *own})
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ConfigError) as error:
         raise ModelError(f"{path / MANIFEST} is damaged ({error!r}). {AGAIN}") from error
     engine = require_engine(engine_name)
@@ -148,7 +217,13 @@ def open_bundle(path: Path, *, device: str = "cpu", threads: int | None = None) 
         for role in ROLES
     }
     origin = f"{recipe.task} {engine_name}-{precision}"
-    return Predictor(runners, prompt=_read_prompt(path), recipe=recipe, origin=origin)
+    prompt = read_prompt(path / PROMPT)
+    if not held:
+        return Predictor(runners, prompt=prompt, recipe=recipe, origin=origin)
+    adapters = Adapters(path, held, runners["denoiser"])
+    predictor = Predictor(runners, prompt=prompt, recipe=recipe, origin=origin, adapters=adapters)
+    predictor.use(next(iter(held)))
+    return predictor
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, needed: set[str]) -> None:
@@ -164,18 +239,12 @@ def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, needed
                 f"{path} is damaged: it has {size} bytes and should have {expected['size_bytes']}. "
                 f"{AGAIN}"
             )
-        if _fingerprint(path)["sha256"] != expected["sha256"]:
+        if fingerprint(path)["sha256"] != expected["sha256"]:
             raise ModelError(f"{path} is damaged: its contents changed after export. {AGAIN}")
 
 
-def _read_prompt(folder: Path) -> dict[str, np.ndarray]:
-    try:
-        return dict(load_file(folder / PROMPT))
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder / PROMPT} is damaged ({error}). {AGAIN}") from error
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Give size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

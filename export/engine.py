@@ -1,5 +1,8 @@
 """What an engine is: a program to a file, and a file to a runner. One module of `engines` each."""
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +25,14 @@ class Engine(Protocol):
     """Turns a program into a file and a file into a runner; a module of `engines` is one.
 
     name: its own name. precisions: those that `build` takes. suffix: of the files that it writes.
+    is_live: whether its runners have `live` weights (`fewshot_rt.export.live.LiveWeights`), into
+    which adapters are merged after loading.
     """
 
     name: str
     precisions: tuple[str, ...]
     suffix: str
+    is_live: bool
 
     def missing(self) -> str | None:
         """Say why it cannot run here and what to install, as two sentences; None if it can."""
@@ -87,6 +93,14 @@ def missing_package(package: str, *, install: str) -> str | None:
     if find_spec(package) is not None:
         return None
     return f"the package {package!r} is not installed. Install {install}."
+
+
+def missing_compiler() -> str | None:
+    """Say that PyTorch finds no C++ compiler and what to install; None if it does."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler):
+        return None
+    return f"there is no C++ compiler {compiler!r}. Install one, or name yours in CXX."
 
 
 def make_runner(

@@ -1,5 +1,6 @@
 """A program: one role of a model as one exported graph, whichever engine will run it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,16 @@ class Program:
     @property
     def size_bytes(self) -> int:
         """Give the size of the weights that the graph uses."""
-        tensors = [*self.exported.state_dict.values(), *self.exported.constants.values()]
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    @property
+    def device(self) -> str:
+        """Say where the graph was captured, and so where it is built for."""
+        return next((t.device.type for t in self._tensors()), "cpu")
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        for tensors in (self.exported.state_dict, self.exported.constants):
+            yield from (t for t in tensors.values() if isinstance(t, torch.Tensor))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ class Base(Protocol):
 
     name, revision: where it came from; an adapter fits one name and revision.
     lora_targets: names of the layers that an adapter changes, as PEFT takes them.
+    exact_roles: those of `ROLES` that need fp32, whatever the denoiser is built in.
     batch: images that a prediction answers at once.
     suited: settings of training that suit an adapter, for those that are not given.
     transition: the one that suits the base, for tasks that state none.
@@ -32,6 +33,7 @@ class Base(Protocol):
     geometry: Geometry
     schedule: Schedule
     lora_targets: tuple[str, ...]
+    exact_roles: tuple[str, ...]
     batch: int
     suited: Suited
     transition: Transition

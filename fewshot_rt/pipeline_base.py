@@ -61,6 +61,7 @@ class PipelineBase(Generic[D]):
     """
 
     batch = 1
+    exact_roles: tuple[str, ...] = ()
     geometry: Geometry
     tiny_file: TinyFile | None = None
 

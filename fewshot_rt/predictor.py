@@ -92,11 +92,16 @@ class Recipe:
         return cls(**values)
 
 
+# Puts an adapter into the weights; gives its recipe and its prompt.
+Adapted = Callable[[], tuple[Recipe, Mapping[str, np.ndarray]]]
+
+
 class Predictor:
     """Answers images with the three roles of a model, whatever runs them.
 
     runners: one for each of `ROLES`, from named arrays to named arrays. prompt: the embedded
-    prompt, by name. origin: what to call this model in messages and records.
+    prompt, by name. origin: what to call this model in messages and records. adapters: by name,
+    each a function that puts it into the weights, and gives its recipe and prompt.
     """
 
     def __init__(
@@ -106,8 +111,23 @@ class Predictor:
         prompt: Mapping[str, np.ndarray],
         recipe: Recipe,
         origin: str,
+        adapters: Mapping[str, Adapted] | None = None,
     ) -> None:
         self.runners, self.prompt, self.recipe, self.origin = runners, prompt, recipe, origin
+        self.adapters = adapters or {}
+        self._noise = self._draw_noise()
+
+    def use(self, name: str) -> None:
+        """Answer with another adapter of the same base from now on, and with its recipe.
+
+        Weights change in place, under compiled code that stays as it is. Whatever shares them, as
+        `with_recipe` gives it, has them too, but keeps its recipe and prompt.
+
+        Raises: ConfigError if there is no such adapter; ModelError if its file is damaged.
+        """
+        if name not in self.adapters:
+            raise ConfigError(unknown("adapter", name, self.adapters))
+        self.recipe, self.prompt = self.adapters[name]()
         self._noise = self._draw_noise()
 
     def answer(self, images: Floats) -> Floats:
@@ -177,7 +197,13 @@ class Predictor:
         Raises: ConfigError if a value is impossible.
         """
         recipe = replace(self.recipe, **changes)
-        return Predictor(self.runners, prompt=self.prompt, recipe=recipe, origin=self.origin)
+        return Predictor(
+            self.runners,
+            prompt=self.prompt,
+            recipe=recipe,
+            origin=self.origin,
+            adapters=self.adapters,
+        )
 
     def _draw_noise(self) -> Floats:
         if self.recipe.noise == "zero":

@@ -106,20 +106,28 @@ def read_run(folder: Path) -> dict[str, Any]:
     return values
 
 
-def open_merged(
-    folder: Path, *, acceleration: "Sequence[str]" = ()
+def open_exact(
+    folder: Path, *, device: str = "cpu", acceleration: "Sequence[str]" = ()
 ) -> "tuple[Base, Adapter, dict[str, Any]]":
-    """Open a run's base in fp32, on the CPU, with its adapter merged, for what is built of it.
+    """Open a run's base in fp32, and its adapter beside it, for what is built of both.
 
-    acceleration: as `open_run` has it. The adapter is given and the run's settings too; in them,
-    "prompt" is the task's, embedded, and "acceleration" are the files that were added.
+    acceleration: as `open_run` has it. The run's settings are given, too; in them, "prompt" is the
+    task's, embedded, and "acceleration" are the files that were added.
     Raises: ModelError if the run, its adapter, its base or such a file is missing, damaged or does
     not fit; ConfigError for a wrong scale or number of files.
     """
     from .acceleration import add_acceleration
 
-    base, adapter, values = _open(folder, device="cpu", weights="fp32", acceleration=acceleration)
+    base, adapter, values = _open(folder, device=device, weights="fp32", acceleration=acceleration)
     add_acceleration(base, values["acceleration"])
+    return base, adapter, values
+
+
+def open_merged(
+    folder: Path, *, acceleration: "Sequence[str]" = ()
+) -> "tuple[Base, Adapter, dict[str, Any]]":
+    """Do as `open_exact` on the CPU, and merge the adapter."""
+    base, adapter, values = open_exact(folder, acceleration=acceleration)
     adapter.merge(base)
     return base, adapter, values
 

@@ -22,18 +22,19 @@ TINY_TRANSFORMER = {
 
 @pytest.fixture(scope="session")
 def make_tiny_base() -> Callable[[], Any]:
-    """A function that makes a PocketBase, always the same: one layer, random weights, 32x32."""
+    """A function that makes a PocketBase, always the same: a few layers, random weights, 32x32."""
     import torch
     from diffusers import WanTransformer3DModel
 
     from fewshot_rt.autoencoder import AutoencoderConfig, TinyVideoAutoencoder
     from fewshot_rt.bases.pocket import TRANSFORMER, PocketBase, PromptTable
 
-    def make() -> PocketBase:
+    def make(layers: int = 1) -> PocketBase:
+        sizes = TINY_TRANSFORMER | {"num_layers": layers}
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return PocketBase(
-                transformer=WanTransformer3DModel.from_config(TRANSFORMER | TINY_TRANSFORMER),
+                transformer=WanTransformer3DModel.from_config(TRANSFORMER | sizes),
                 autoencoder=TinyVideoAutoencoder(
                     AutoencoderConfig(latent_channels=8, widths=(8, 8, 8), blocks=(0, 1, 1))
                 ),

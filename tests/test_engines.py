@@ -175,5 +175,7 @@ def test_an_engine_without_its_package_says_what_to_do(monkeypatch: pytest.Monke
     monkeypatch.setattr(onnx_engine, "missing", lambda: reason)
     with pytest.raises(EngineError, match=r"^engine 'onnx' cannot run here: the package") as caught:
         require_engine("onnx")
-    assert str(caught.value).endswith("Install fewshot-rt[none], or choose one of: eager.")
+    assert str(caught.value).endswith(
+        "Install fewshot-rt[none], or choose one of: aoti, eager, inductor."
+    )
     assert "onnx" not in available_engines()

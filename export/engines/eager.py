@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 name = "eager"
 precisions: tuple[str, ...] = ("fp32",)
 suffix = ".pt2"
+is_live = False
 
 
 def missing() -> str | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 name = "onnx"
 precisions: tuple[str, ...] = ("fp32",)
 suffix = ".onnx"
+is_live = False
 
 # The first with whole Attention and RMSNormalization: on a CPU, pocket's denoiser is a little
 # faster than with the decomposed ones of opset 18, at the same error.

@@ -136,6 +136,7 @@ class PocketBase:
     """A frozen pocket model; see `fewshot_rt.base.Base`."""
 
     # With the layers into and out of the latents, what goes to other places is learned much sooner.
+    exact_roles: tuple[str, ...] = ()
     lora_targets = (
         *("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
         *("patch_embedding", "proj_out"),

@@ -215,6 +215,7 @@ class WanBase(PipelineBase[WanDenoiser]):
     """A frozen Wan; see `fewshot_rt.base.Base`."""
 
     # Acuaviva et al. 2025; the layers are not stated there, but follow from their sizes.
+    exact_roles = ("encoder", "decoder")  # as diffusers runs Wan's autoencoder
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "ffn.net.0.proj", "ffn.net.2")
     suited = Suited(batch=1, rate=1e-4, rank=64, alpha=32, clip=0.05, checkpointing=True)
     transition = Transition(kind="discrete", frames=9)

@@ -1,0 +1,102 @@
+"""AOTInductor: a program as compiled libraries, which start without compiling.
+
+Weights lie beside the libraries, so that adapters can change in place.
+"""
+
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fewshot_rt.errors import EngineError, ModelError
+from fewshot_rt.export.engine import missing_compiler, missing_package
+from fewshot_rt.predictor import Runner
+from fewshot_rt.spec import Signature
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
+    from fewshot_rt.export.program import Program
+
+name = "aoti"
+precisions: tuple[str, ...] = ("fp32", "bf16", "int8", "fp8")
+suffix = ".aoti"
+is_live = True
+
+# Threads are counted when the code runs, not when it is built.
+OPTIONS = {"cpp.dynamic_threads": True}
+
+
+def missing() -> str | None:
+    """Say why it cannot run here and what to install; None if it can."""
+    return missing_package("torch", install="torch (https://pytorch.org)")
+
+
+def build(program: "Program", path: Path, *, precision: str) -> None:
+    """Compile a program, each kind of block once, and write its weights beside it.
+
+    Raises: EngineError if there is no C++ compiler, or the precision is not for this device.
+    """
+    from fewshot_rt.export.compiled import (
+        facts_of,
+        prepare,
+        require_precision,
+        write_archive,
+        write_weights,
+    )
+
+    reason = missing_compiler()
+    if reason:
+        raise EngineError(f"engine 'aoti' cannot build: {reason}")
+    require_precision(precision, program.device)
+    regions, plan, lifted = prepare(program, precision=precision)
+    write_archive(path, {name: _compile(region) for name, region in regions.items()})
+    write_weights(path, lifted, plan, facts_of(program.device))
+
+
+def load(
+    path: Path, signature: Signature, *, device: str = "cpu", threads: int | None = None
+) -> Runner:
+    """Open the libraries and the weights.
+
+    Raises: EngineError if the device is not there, a number of threads is asked for, or the code
+    was compiled for another processor, GPU or PyTorch; ModelError if a file is damaged.
+    """
+    from fewshot_rt.export.compiled import (
+        PlanRunner,
+        open_weights,
+        read_archive,
+        require_device,
+    )
+
+    require_device(name, device, threads)
+    live, plan = open_weights(path, device=device)
+    regions = {name: _open(content, path) for name, content in read_archive(path).items()}
+    return PlanRunner(regions, plan, live, signature, device=device)
+
+
+def _compile(region: "ExportedProgram") -> bytes:
+    import torch
+
+    from fewshot_rt.export.compiled import quiet
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        path = Path(folder) / "region.pt2"
+        torch._inductor.aoti_compile_and_package(
+            region, package_path=str(path), inductor_configs=dict(OPTIONS)
+        )
+        return path.read_bytes()
+
+
+def _open(content: bytes, path: Path) -> "Callable[..., Sequence[Tensor]]":
+    import torch
+
+    try:
+        opened: Callable[..., Sequence[Tensor]] = torch._inductor.aoti_load_package(
+            io.BytesIO(content)
+        )
+    except RuntimeError as error:
+        raise ModelError(f"{path} is damaged ({error}). Export it again.") from error
+    return opened
