@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types bench tables format clean
+.PHONY: demo test lint types bench gpu tables format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,8 +15,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train, export, predict and eval on photographs of coins
 	$(BIN)/python -m fewshot_rt.benchmarks.demo
 
+# One process a core, each with one thread: two pools of threads on the same cores wait for each other.
 test: $(STAMP)  ## everything that runs without a GPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,6 +35,16 @@ types: $(STAMP)  ## on the built wheel: the tree's folders are not where the pac
 
 bench: $(STAMP)  ## latency of the latest run; adds a record to benchmarks/results/
 	$(BIN)/fewshot-rt bench --results benchmarks/results
+
+# Checks, then measures on a GPU; REHEARSE=1 runs the same on the CPU at tiny sizes. The package is
+# linked together in build/site, so that it also runs where nothing can be installed: there, BARE=1
+# takes the Python at hand. ARGS: further options, such as ARGS='--only attention --results FOLDER'.
+SITE := build/site/fewshot_rt
+gpu: $(if $(BARE),,$(STAMP))
+	rm -rf build/site && mkdir -p $(SITE)
+	ln -s $(CURDIR)/fewshot_rt/* $(addprefix $(CURDIR)/,kernels export cli benchmarks) $(SITE)
+	cd build/site && $(if $(BARE),$(PYTHON),../../$(BIN)/python) -m fewshot_rt.benchmarks.gpu \
+		$(if $(REHEARSE),--rehearse,--results $(CURDIR)/benchmarks/results) $(ARGS)
 
 tables: $(STAMP)  ## the README's tables, from the records
 	$(BIN)/python -m fewshot_rt.benchmarks.report README.md

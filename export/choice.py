@@ -53,9 +53,7 @@ class Measured:
         for _ in range(WARMUPS):
             ours(*tensors)
             _torchs(*tensors)
-        ratios = [
-            self._time(ours, tensors) / self._time(_torchs, tensors) for _ in range(ROUNDS)
-        ]
+        ratios = [self._time(ours, tensors) / self._time(_torchs, tensors) for _ in range(ROUNDS)]
         return sorted(ratios)[ROUNDS // 2]
 
     def _time(self, attend: Attend, tensors: list[Tensor]) -> float:

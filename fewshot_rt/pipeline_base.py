@@ -44,9 +44,16 @@ class Denoiser(nn.Module):
 
         axis: that over tokens, frame by frame.
         """
-        places = torch.tensor(self.places(frames), device=table.device)
         by_frame = torch.unflatten(table, axis, (self.places(frames)[-1] + 1, -1))
-        return by_frame.index_select(axis, places).flatten(axis, axis + 1)
+        return by_frame.index_select(axis, self.line(frames, table.device)).flatten(axis, axis + 1)
+
+    def line(self, frames: int, device: torch.device) -> Tensor:
+        """Give the places as a tensor, made where it is used.
+
+        A list would be captured as a constant on the CPU, from where a CUDA graph copies nothing.
+        """
+        line, last = torch.arange(frames, device=device), self.places(frames)[-1]
+        return line if last == frames - 1 else torch.where(line == frames - 1, last, line)
 
 
 D = TypeVar("D", bound=Denoiser)

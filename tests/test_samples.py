@@ -365,7 +365,7 @@ def test_from_training_to_maps(run):
     assert status == 0, err
     status, out, err = run("predict", IMAGES, "--samples", 3, "--json")
     assert status == 0, err
-    assert "where the 3 samples disagree: answers/disagreement" in err
+    assert "where the 3 samples disagree: the folder disagreement there" in err
     summary = json.loads(out)
     assert (summary["samples"], summary["done"], summary["failed"]) == (3, 2, 0)
     _, out, _ = run("predict", IMAGES, "--samples", 3, "--json")

@@ -94,9 +94,9 @@ class LTXDenoiser(Denoiser):
     def _places(self, noisy: Tensor) -> Tensor:
         """Give the place of each token: seconds, and pixels down and across. Shapes: [1, 3, L]."""
         frames, height, width = noisy.shape[2:]
-        axes = (self.places(frames), range(height), range(width))
-        lines = [noisy.new_tensor(list(axis), dtype=torch.float32) for axis in axes]
-        frame, down, across = torch.meshgrid(*lines, indexing="ij")
+        rest = (torch.arange(size, device=noisy.device) for size in (height, width))
+        lines = (self.line(frames, noisy.device), *rest)
+        frame, down, across = torch.meshgrid(*(line.float() for line in lines), indexing="ij")
         # Computed in the order of the pipelines: the fastest rotations show the last bit.
         if self.is_causal:
             shown = (frame * self.time_factor + 1 - self.time_factor).clamp(min=0)

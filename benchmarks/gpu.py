@@ -1,0 +1,125 @@
+"""One command that checks, then measures on a GPU, prints short tables last, and keeps records.
+
+`make gpu`, or `python -m fewshot_rt.benchmarks.gpu`. Sections: checks; attention at the sizes of
+all bases; denoisers at full size with random weights; answers from file to file. Without a GPU
+`--rehearse` runs all of it to the last line on the CPU, at tiny sizes; its figures say nothing, and
+are kept nowhere.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+
+from fewshot_rt.cards import BOX, read_cards
+from fewshot_rt.errors import ConfigError, FewshotError, unknown
+
+from . import gpu_answer, gpu_attention, gpu_checks, gpu_denoiser
+from .gpu_bases import MEASURED, Subject, find_subjects
+from .gpu_compiled import COMPILERS
+from .gpu_table import show
+from .gpu_units import Outcome, Stage, Unit, attempt, run_units
+from .record import RESULTS
+
+SECTIONS: dict[str, Callable[[Stage, Sequence[Subject]], list[Unit]]] = {
+    "checks": lambda stage, _: gpu_checks.units(stage),
+    "attention": gpu_attention.units,
+    "denoiser": gpu_denoiser.units,
+    "answer": gpu_answer.units,
+}
+MINUTES = 9.0  # less than the ten that a command often has on a GPU that is lent
+
+
+def run(
+    sections: Sequence[str], stage: Stage, results: Path, *, bases: Sequence[str] = ()
+) -> Iterator[Outcome]:
+    """Run sections in turn, and yield what came of each part.
+
+    bases: by name; if none is named, all known ones for attention, and `MEASURED` for the others; a
+    rehearsal takes the paper's alone.
+    Raises: ConfigError if a base is not known; DataError if the results cannot be written.
+    """
+    known = [card.name for card in read_cards() if card.name != BOX]
+    ordered = (*MEASURED, *(name for name in known if name not in MEASURED))
+    for section in sections:
+        usual = ordered if section == "attention" else MEASURED
+        names = bases or (usual[:1] if stage.is_rehearsal else usual)
+        subjects = find_subjects(names, is_rehearsal=stage.is_rehearsal)
+        found, reason = attempt(partial(SECTIONS[section], stage, subjects))
+        if found is None:
+            yield Outcome(case=section, record=None, reason=reason, has_failed=True)
+            continue
+        yield from run_units(found, stage, results)
+
+
+@click.command()
+@click.option("--rehearse", is_flag=True, help="Run on the CPU at tiny sizes; figures stay open.")
+@click.option("--only", default=",".join(SECTIONS), show_default=True, help="Sections, by commas.")
+@click.option("--bases", default="", help="Bases by name, by commas.  [default: the known ones]")
+@click.option("--minutes", default=MINUTES, show_default=True, help="Begin nothing after these.")
+@click.option("--engine", type=click.Choice(list(COMPILERS)), default="aoti", show_default=True)
+@click.option("--results", type=click.Path(path_type=Path), help="[default: benchmarks/results]")
+def main(
+    rehearse: bool, only: str, bases: str, minutes: float, engine: str, results: Path | None
+) -> None:
+    """Check, then measure on a GPU. Exit status 1 if anything failed; what was skipped has not."""
+    stage = Stage(
+        device="cpu" if rehearse else "cuda",
+        is_rehearsal=rehearse,
+        engine=engine,
+        deadline=time.monotonic() + 60 * minutes,
+    )
+    outcomes = []
+    with ExitStack() as stack:
+        try:
+            sections = _sections(only)
+            folder = _folder(results, stack, is_rehearsal=rehearse)
+            for outcome in run(sections, stage, folder, bases=_words(bases)):
+                outcomes.append(outcome)
+                click.echo(f"{outcome.case}: {outcome.reason or 'done'}", err=True)
+        except FewshotError as error:
+            raise click.ClickException(str(error)) from error
+    click.echo(show(outcomes, is_rehearsal=rehearse))
+    if any(outcome.has_failed for outcome in outcomes):
+        raise SystemExit(1)
+
+
+def _sections(only: str) -> list[str]:
+    """Read the names of sections. Raises: ConfigError if one is not known."""
+    names = _words(only)
+    for name in names:
+        if name not in SECTIONS:
+            raise ConfigError(unknown("section", name, SECTIONS))
+    return names
+
+
+def _folder(results: Path | None, stack: ExitStack, *, is_rehearsal: bool) -> Path:
+    """Say where records go; those of a rehearsal are let go, unless a folder is given.
+
+    Raises: ConfigError if there is no GPU to measure, or a rehearsal's would lie among the others.
+    """
+    if is_rehearsal:
+        if results is None:
+            return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if results.resolve() == RESULTS.resolve():
+            raise ConfigError("what a rehearsal gives is no measurement. Give other --results.")
+        return results
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "this measures a GPU, and PyTorch sees none here. Rehearse it on the CPU: --rehearse, "
+            "or make gpu REHEARSE=1."
+        )
+    return results or RESULTS
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+if __name__ == "__main__":
+    main()
