@@ -4,8 +4,6 @@ All variants read the same weights, in the type in which the base has them: a se
 billion would not fit. Graphs are captured in that type, too.
 """
 
-import copy
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from fewshot_rt.cards import open_empty
 from fewshot_rt.costs import list_blocks
 from fewshot_rt.export.compiled import Compiled, PlanRunner, quiet, trace
 from fewshot_rt.export.cuda_graphs import CudaGraph
-from fewshot_rt.export.engines.aoti import OPTIONS
+from fewshot_rt.export.engines import aoti, inductor
 from fewshot_rt.export.forms import PLAIN, derive
 from fewshot_rt.export.lifted import Lifted, lift
 from fewshot_rt.export.live import LiveWeights
@@ -156,26 +154,9 @@ def compile_regions(
         return {name: compiler(region) for name, region in regions.items()}
 
 
-def compile_with_inductor(region: ExportedProgram) -> Compiled:
-    """Compile a region as engine `inductor` does."""
-    values = [node.meta["val"] for node in region.graph.find_nodes(op="placeholder")]
-    # A copy: another engine may compile the same region.
-    graph = copy.deepcopy(region.graph_module)
-    compiled: Compiled = torch._inductor.standalone_compile(
-        graph, values, dynamic_shapes="from_graph"
-    )
-    return compiled
-
-
 def compile_with_aoti(region: ExportedProgram) -> Compiled:
     """Compile a region as engine `aoti` does."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "region.pt2")
-        torch._inductor.aoti_compile_and_package(
-            region, package_path=path, inductor_configs=dict(OPTIONS)
-        )
-        opened: Any = torch._inductor.aoti_load_package(path)
-    return opened  # type: ignore[no-any-return]
+    return aoti.open_region(aoti.compile_region(region), Path("region"))
 
 
 def run_directly(region: ExportedProgram) -> Compiled:
@@ -185,7 +166,7 @@ def run_directly(region: ExportedProgram) -> Compiled:
 
 
 COMPILERS: dict[str, Callable[[ExportedProgram], Compiled]] = {
-    "inductor": compile_with_inductor,
+    "inductor": inductor.compile_region,
     "aoti": compile_with_aoti,
 }
 

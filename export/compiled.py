@@ -197,6 +197,26 @@ def open_weights(path: Path, *, device: str) -> tuple[LiveWeights, Plan]:
     return LiveWeights(file.get_tensor, plan.weights(), device=device), plan
 
 
+def open_runner(
+    engine: str,
+    path: Path,
+    signature: Signature,
+    *,
+    device: str,
+    threads: int | None,
+    open_region: Callable[[bytes, Path], Compiled],
+) -> PlanRunner:
+    """Open an archive and its weights as a runner. open_region: of the engine, by name.
+
+    Raises: EngineError if the device is not there, a number of threads is asked for, or the code
+    was compiled for something else; ModelError if a file is damaged.
+    """
+    require_device(engine, device, threads)
+    live, plan = open_weights(path, device=device)
+    regions = {name: open_region(content, path) for name, content in read_archive(path).items()}
+    return PlanRunner(regions, plan, live, signature, device=device)
+
+
 def facts_of(device: str) -> dict[str, str]:
     """Say what compiled code depends on: PyTorch, and the instructions of processor or GPU."""
     facts = {"torch": torch.__version__.partition("+")[0], "device": torch.device(device).type}

@@ -259,8 +259,8 @@ def test_aot_inductor_compiles_what_was_swapped(
         n for n, p in parts.items() if p.graph.find_nodes(op="call_function", target=NORMED)
     )
     with compiled.quiet():
-        content = aoti._compile(compiled.trace(parts[name], most=MOST))
-    parts[name] = aoti._open(content, Path(name))
+        content = aoti.compile_region(compiled.trace(parts[name], most=MOST))
+    parts[name] = aoti.open_region(content, Path(name))
     live = LiveWeights(lifted.sources.__getitem__, plan.weights())
     runner = compiled.PlanRunner(parts, plan, live, role.program.signature, device="cpu")
     for batch in BATCHES:

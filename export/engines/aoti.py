@@ -52,7 +52,7 @@ def build(program: "Program", path: Path, *, precision: str) -> None:
         raise EngineError(f"engine 'aoti' cannot build: {reason}")
     require_precision(precision, program.device)
     regions, plan, lifted = prepare(program, precision=precision)
-    write_archive(path, {name: _compile(region) for name, region in regions.items()})
+    write_archive(path, {name: compile_region(region) for name, region in regions.items()})
     write_weights(path, lifted, plan, facts_of(program.device))
 
 
@@ -64,20 +64,15 @@ def load(
     Raises: EngineError if the device is not there, a number of threads is asked for, or the code
     was compiled for another processor, GPU or PyTorch; ModelError if a file is damaged.
     """
-    from fewshot_rt.export.compiled import (
-        PlanRunner,
-        open_weights,
-        read_archive,
-        require_device,
+    from fewshot_rt.export.compiled import open_runner
+
+    return open_runner(
+        name, path, signature, device=device, threads=threads, open_region=open_region
     )
 
-    require_device(name, device, threads)
-    live, plan = open_weights(path, device=device)
-    regions = {name: _open(content, path) for name, content in read_archive(path).items()}
-    return PlanRunner(regions, plan, live, signature, device=device)
 
-
-def _compile(region: "ExportedProgram") -> bytes:
+def compile_region(region: "ExportedProgram") -> bytes:
+    """Compile a region into a package."""
     import torch
 
     from fewshot_rt.export.compiled import quiet
@@ -90,7 +85,8 @@ def _compile(region: "ExportedProgram") -> bytes:
         return path.read_bytes()
 
 
-def _open(content: bytes, path: Path) -> "Callable[..., Sequence[Tensor]]":
+def open_region(content: bytes, path: Path) -> "Callable[..., Sequence[Tensor]]":
+    """Open a package. Raises: ModelError that names `path` if it is damaged."""
     import torch
 
     try:

@@ -16,6 +16,7 @@ from fewshot_rt.spec import Signature
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.export import ExportedProgram
 
     from fewshot_rt.export.program import Program
 
@@ -64,31 +65,37 @@ def load(
     Raises: EngineError if the device is not there, or a number of threads is asked for; ModelError
     if a file is damaged.
     """
-    from fewshot_rt.export.compiled import (
-        PlanRunner,
-        open_weights,
-        read_archive,
-        require_device,
+    from fewshot_rt.export.compiled import open_runner
+
+    return open_runner(
+        name, path, signature, device=device, threads=threads, open_region=_open_region
     )
 
-    require_device(name, device, threads)
-    live, plan = open_weights(path, device=device)
-    regions = {name: _compile(content, path) for name, content in read_archive(path).items()}
-    return PlanRunner(regions, plan, live, signature, device=device)
 
+def compile_region(region: "ExportedProgram") -> "Callable[..., Sequence[Tensor]]":
+    """Compile a region for the machine at hand."""
+    import copy
 
-def _compile(content: bytes, path: Path) -> "Callable[..., Sequence[Tensor]]":
     import torch
 
     from fewshot_rt.export.compiled import quiet
 
-    try:
-        exported = torch.export.load(io.BytesIO(content))
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} is damaged ({error}). Export it again.") from error
-    values = [node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")]
+    values = [node.meta["val"] for node in region.graph.find_nodes(op="placeholder")]
     with quiet():
         compiled: Callable[..., Sequence[Tensor]] = torch._inductor.standalone_compile(
-            exported.graph_module, values, dynamic_shapes="from_graph"
+            # A copy: not every PyTorch leaves the graph as it was.
+            copy.deepcopy(region.graph_module),
+            values,
+            dynamic_shapes="from_graph",
         )
     return compiled
+
+
+def _open_region(content: bytes, path: Path) -> "Callable[..., Sequence[Tensor]]":
+    import torch
+
+    try:
+        region = torch.export.load(io.BytesIO(content))
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} is damaged ({error}). Export it again.") from error
+    return compile_region(region)
