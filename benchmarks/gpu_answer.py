@@ -31,7 +31,7 @@ from .gpu_clock import time_in_turns
 from .gpu_compiled import Denoising, Variant, open_random, recorded
 from .gpu_denoiser import EAGER, GRAPH, TOO_LATE, VARIANT_SECONDS, judge, refusal
 from .gpu_official import GUIDANCE, LEAST_STEPS, Official, Setting
-from .gpu_units import Stage, Unit, attempt, require_diffusers
+from .gpu_units import Stage, Unit, attempt, list_bases
 from .record import Record
 
 KIND = "gpu-answer"
@@ -100,16 +100,7 @@ def units(stage: Stage, subjects: Sequence[Subject]) -> list[Unit]:
 
     Raises: EngineError if diffusers is not there.
     """
-    require_diffusers("answer")
-    return [
-        Unit(
-            kind=KIND,
-            case=subject.card.name,
-            seconds=0.0 if stage.is_rehearsal else BASE_SECONDS,
-            measure=partial(measure, subject, stage),
-        )
-        for subject in subjects
-    ]
+    return list_bases("answer", KIND, subjects, stage, seconds=BASE_SECONDS, measure=measure)
 
 
 def measure(subject: Subject, stage: Stage) -> Iterator[Record]:

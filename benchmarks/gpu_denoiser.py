@@ -19,7 +19,7 @@ from fewshot_rt.export.parity import KERNEL_RATIO, TOLERANCES, Parity, compare, 
 from .gpu_bases import Subject, count_pass, list_shapes
 from .gpu_clock import LARGE, SMALL, measure_peaks, time_in_turns
 from .gpu_compiled import COMPILERS, Denoising, Variant, open_random, recorded
-from .gpu_units import Stage, Unit, attempt, free_memory, require_diffusers
+from .gpu_units import Stage, Unit, attempt, free_memory, list_bases
 from .record import Record
 from .timing import Summary
 
@@ -51,16 +51,7 @@ def units(stage: Stage, subjects: Sequence[Subject]) -> list[Unit]:
 
     Raises: EngineError if diffusers is not there.
     """
-    require_diffusers("denoiser")
-    return [
-        Unit(
-            kind=KIND,
-            case=subject.card.name,
-            seconds=0.0 if stage.is_rehearsal else BASE_SECONDS,
-            measure=partial(measure, subject, stage),
-        )
-        for subject in subjects
-    ]
+    return list_bases("denoiser", KIND, subjects, stage, seconds=BASE_SECONDS, measure=measure)
 
 
 def measure(subject: Subject, stage: Stage) -> Iterator[Record]:

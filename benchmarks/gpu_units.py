@@ -20,6 +20,7 @@ import torch
 
 from fewshot_rt.errors import EngineError
 
+from .gpu_bases import Subject
 from .record import Record, append_record
 
 T = TypeVar("T")
@@ -123,6 +124,31 @@ def free_memory(stage: Stage) -> None:
     gc.collect()
     if stage.device == "cuda":
         torch.cuda.empty_cache()
+
+
+def list_bases(
+    section: str,
+    kind: str,
+    subjects: Sequence[Subject],
+    stage: Stage,
+    *,
+    seconds: float,
+    measure: Callable[[Subject, Stage], Iterator[Record]],
+) -> list[Unit]:
+    """Make a unit of each base. seconds: that one takes at least; a rehearsal begins all.
+
+    Raises: EngineError if diffusers is not there.
+    """
+    require_diffusers(section)
+    return [
+        Unit(
+            kind=kind,
+            case=subject.card.name,
+            seconds=0.0 if stage.is_rehearsal else seconds,
+            measure=partial(measure, subject, stage),
+        )
+        for subject in subjects
+    ]
 
 
 def require_diffusers(section: str) -> None:

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 from fewshot_rt.errors import EngineError, ModelError
 from fewshot_rt.predictor import Adapted, Recipe, Runner
 
+from .engine import AGAIN
+
 if TYPE_CHECKING:
     from fewshot_rt.adapter import Adapter
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 # Where the layers that an adapter names are in the captured denoiser.
 PLACE = "denoiser.transformer."
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-AGAIN = "Export it again: fewshot-rt export."
 
 
 def updates_of(adapter: "Adapter") -> "dict[str, Update]":

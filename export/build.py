@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Arrays = Mapping[str, np.ndarray]
+Cases = Mapping[str, Sequence[Arrays]]  # what each role is given, by its name
 ANSWER = "answer"  # the name under which the whole way is compared
 
 
@@ -105,16 +106,18 @@ def export_bundle(
     with staged_bundle(folder) as staging:
         files = {role: f"{role}{tool.suffix}" for role in ROLES}
         paths = {role: staging / name for role, name in files.items()}
-        runners, parity = yield from _freeze(model, tool, paths=paths)
+        cases, answer = _realistic(model)
+        runners, parity = yield from _freeze(model, tool, cases, paths=paths)
         held = {}
         if adapter is not None:
             name, weights = adapter
             updates = updates_of(weights)
             weights.merge(base)
             live_of(runners["denoiser"]).use(updates)
-            parity |= yield from judge_denoiser(model, runners["denoiser"])
+            cases, answer = _realistic(model)
+            parity |= yield from _judge_denoiser(model, runners["denoiser"], cases)
             held[name] = updates
-        parity |= yield from judge_answer(model, runners)
+        parity |= yield from _judge_answer(model, runners, answer)
         started = time.perf_counter()
         contents = Contents(
             engine=engine,
@@ -160,8 +163,9 @@ def add_adapter(
     live, updates = live_of(runner), updates_of(weights)
     weights.merge(base)
     live.use(updates)
-    parity = yield from judge_denoiser(model, runner)
-    parity |= yield from judge_answer(model, predictor.runners)
+    cases, answer = _realistic(model)
+    parity = yield from _judge_denoiser(model, runner, cases)
+    parity |= yield from _judge_answer(model, predictor.runners, answer)
     started = time.perf_counter()
     add_held(folder, name, updates, model.prompt, recipe=recipe, parity=parity, origin=origin)
     yield BuildStep(role=ANSWER, stage="write", seconds=time.perf_counter() - started)
@@ -213,10 +217,9 @@ def _precision_of(role: str, base: Base, precision: str) -> str:
 
 
 def _freeze(
-    model: Model, tool: Engine, *, paths: Mapping[str, Path]
+    model: Model, tool: Engine, cases: Cases, *, paths: Mapping[str, Path]
 ) -> Generator[BuildStep, None, tuple[dict[str, Runner], dict[str, Mapping[str, Parity]]]]:
     """Build each role into its file and compare it at once; give runners and parity."""
-    cases, _ = _realistic(model)
     runners: dict[str, Runner] = {}
     parity: dict[str, Mapping[str, Parity]] = {}
     for role in ROLES:
@@ -225,20 +228,18 @@ def _freeze(
     return runners, parity
 
 
-def judge_denoiser(
-    model: Model, runner: Runner
+def _judge_denoiser(
+    model: Model, runner: Runner, cases: Cases
 ) -> Generator[BuildStep, None, dict[str, Mapping[str, Parity]]]:
     """Compare a denoiser with eager, both with an adapter."""
-    cases, _ = _realistic(model)
     name = "denoiser"
     return {name: (yield from _judge_role(model, name, runner, cases[name]))}
 
 
-def judge_answer(
-    model: Model, runners: Mapping[str, Runner]
+def _judge_answer(
+    model: Model, runners: Mapping[str, Runner], expected: Arrays
 ) -> Generator[BuildStep, None, dict[str, Mapping[str, Parity]]]:
     """Compare the whole way with eager."""
-    _, expected = _realistic(model)
     frozen = model.predictor(runners)
     pairs = ((expected, {"image": frozen.answer(p)}) for p in (_pictures(model.recipe),))
     return {ANSWER: (yield from _judge(model, ANSWER, pairs))}

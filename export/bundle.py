@@ -24,7 +24,7 @@ from fewshot_rt.spec import ROLES, Signature
 from fewshot_rt.versions import versions
 
 from .adapters import Adapters, Held, read_prompt, write_prompt, write_updates
-from .engine import require_engine
+from .engine import AGAIN, require_engine
 from .parity import Parity
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST, PROMPT = "manifest.json", "prompt.safetensors"
 CHUNK_BYTES = 1 << 20
-AGAIN = "Export it again: fewshot-rt export."
 
 
 @dataclass(frozen=True, kw_only=True)

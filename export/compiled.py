@@ -26,7 +26,7 @@ from fewshot_rt.spec import Signature
 
 from .choice import Measured
 from .cuda_graphs import Recorded, Run
-from .engine import make_runner
+from .engine import AGAIN, make_runner, require_device
 from .lifted import Lifted, Weight, lift
 from .live import LiveWeights, compact
 from .lower import lower
@@ -39,7 +39,6 @@ Compiled = Callable[..., Sequence[Tensor]]
 WEIGHTS_SUFFIX = ".safetensors"
 HALF = torch.bfloat16  # what attention computes in unless it is in fp32
 FP8_CAPABILITY = (8, 9)
-AGAIN = "Export it again: fewshot-rt export."
 
 
 class PlanRunner:
@@ -257,17 +256,3 @@ def require_precision(precision: str, device: str) -> None:
         raise EngineError("fp8 is for GPUs. On a processor choose int8 or bf16.")
     elif precision != "fp32" and not has_fast_bf16():
         raise EngineError(f"this processor has no arithmetic in bf16, which {precision} needs.")
-
-
-def require_device(engine: str, device: str, threads: int | None) -> None:
-    """Require that a device is there, and that no number of threads is asked for.
-
-    Raises: EngineError.
-    """
-    if threads is not None:
-        raise EngineError(
-            f"engine {engine!r} cannot keep to {threads} threads by itself: PyTorch has one number "
-            "for the whole process. Set OMP_NUM_THREADS, or choose engine 'onnx'."
-        )
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise EngineError(f"device {device!r} is not there: PyTorch sees no GPU. Use device 'cpu'.")

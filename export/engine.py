@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .program import Program
 
 ENGINES = "fewshot_rt.export.engines"
+AGAIN = "Export it again: fewshot-rt export."
 
 
 class Engine(Protocol):
@@ -101,6 +102,22 @@ def missing_compiler() -> str | None:
     if shutil.which(compiler):
         return None
     return f"there is no C++ compiler {compiler!r}. Install one, or name yours in CXX."
+
+
+def require_device(engine: str, device: str, threads: int | None) -> None:
+    """Require of an engine in PyTorch that a device is there, and no number of threads asked for.
+
+    Raises: EngineError.
+    """
+    import torch
+
+    if threads is not None:
+        raise EngineError(
+            f"engine {engine!r} cannot keep to {threads} threads by itself: PyTorch has one number "
+            "for the whole process. Set OMP_NUM_THREADS, or choose engine 'onnx'."
+        )
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise EngineError(f"device {device!r} is not there: PyTorch sees no GPU. Use device 'cpu'.")
 
 
 def make_runner(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny.bundles import RECIPE, eager_predictor, pictures
 
-from fewshot_rt.codecs import Codec
 from fewshot_rt.errors import ConfigError, DataError, EngineError, ModelError
 from fewshot_rt.export import bundle as bundle_module
 from fewshot_rt.export.build import BuildStep, export_bundle
@@ -21,21 +21,7 @@ from fewshot_rt.export.bundle import open_bundle, read_manifest, staged_bundle
 from fewshot_rt.export.engines import eager as eager_engine
 from fewshot_rt.export.parity import compare, require
 from fewshot_rt.predictor import Predictor, Recipe
-from fewshot_rt.roles import eager_runners, make_signatures
-from fewshot_rt.schedule import Schedule
 from fewshot_rt.spec import ROLES
-
-RECIPE = Recipe(
-    task="tiny",
-    codec=Codec("mask"),
-    metrics=("iou",),
-    size=(32, 32),
-    latent_shape=(8, 2, 8, 8),
-    schedule=Schedule(),
-    steps=2,
-    noise="seeded",
-    batch=3,
-)
 
 SINGLE = replace(RECIPE, batch=1, steps=1, noise="zero")
 
@@ -51,20 +37,6 @@ def export(base: Any, folder: Path, *, engine: str, recipe: Recipe = RECIPE) -> 
         origin={"licence": "Apache-2.0"},
     )
     return list(steps)
-
-
-def eager_predictor(base: Any, recipe: Recipe = RECIPE) -> Predictor:
-    prompt = base.embed("mask")
-    signatures = make_signatures(
-        base, prompt, latents=recipe.latent_shape, size=recipe.size, batch=recipe.batch
-    )
-    fixed = {name: value.numpy() for name, value in prompt.items()}
-    runners = eager_runners(base, signatures)
-    return Predictor(runners, prompt=fixed, recipe=recipe, origin="eager")
-
-
-def pictures(count: int) -> np.ndarray:
-    return np.random.default_rng(9).uniform(-1, 1, (count, 3, 32, 32)).astype(np.float32)
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import bundles
+from tiny.bundles import eager_predictor, pictures
 from torch import Tensor
 
 from fewshot_rt.adapter import Adapter, Provenance, add_lora, snapshot
-from fewshot_rt.codecs import Codec
 from fewshot_rt.errors import ConfigError, EngineError, ModelError
 from fewshot_rt.export.adapters import live_of, read_updates, updates_of, write_updates
 from fewshot_rt.export.build import add_adapter, export_bundle
@@ -23,21 +24,9 @@ from fewshot_rt.export.forms import FORMS, derive
 from fewshot_rt.export.lifted import Weight
 from fewshot_rt.export.live import LiveWeights, Update, compact
 from fewshot_rt.export.parity import compare, require
-from fewshot_rt.predictor import Predictor, Recipe
-from fewshot_rt.roles import eager_runners, make_signatures
-from fewshot_rt.schedule import Schedule
+from fewshot_rt.predictor import Recipe
 
-RECIPE = Recipe(
-    task="tiny",
-    codec=Codec("mask"),
-    metrics=("iou",),
-    size=(32, 32),
-    latent_shape=(8, 2, 8, 8),
-    schedule=Schedule(),
-    steps=2,
-    noise="seeded",
-    batch=2,
-)
+RECIPE = replace(bundles.RECIPE, batch=2)
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -130,19 +119,6 @@ def make_adapter(base: Any, seed: int) -> Adapter:
     return replace(adapter, weights=weights)
 
 
-def eager(base: Any, recipe: Recipe = RECIPE) -> Predictor:
-    prompt = base.embed("mask")
-    signatures = make_signatures(
-        base, prompt, latents=recipe.latent_shape, size=recipe.size, batch=recipe.batch
-    )
-    fixed = {name: value.numpy() for name, value in prompt.items()}
-    return Predictor(eager_runners(base, signatures), prompt=fixed, recipe=recipe, origin="eager")
-
-
-def pictures(count: int = 2) -> np.ndarray:
-    return np.random.default_rng(9).uniform(-1, 1, (count, 3, 32, 32)).astype(np.float32)
-
-
 def bundle_of(make: Callable[..., Any], folder: Path, engine: str, precision: str) -> Path:
     """A bundle with the adapters one and two; two answers in one step, from zeros."""
     settings = {"folder": folder, "origin": {}}
@@ -182,8 +158,8 @@ def test_each_adapter_answers_as_if_it_were_merged(
         make_adapter(make_tiny_base(layers=3), seed=number).merge(base)
         predictor.use(name)
         assert predictor.recipe == recipe
-        answers[name] = predictor.answer(pictures())
-        expected = {"image": eager(base, recipe).answer(pictures())}
+        answers[name] = predictor.answer(pictures(2))
+        expected = {"image": eager_predictor(base, recipe).answer(pictures(2))}
         require(compare(expected, {"image": answers[name]}), role=name, tolerance=precision)
     difference = compare({"x": answers["one"]}, {"x": answers["two"]})["x"].rel_l2
     assert difference > 5 * {"fp32": 1e-5, "int8": 2e-2}[precision]
@@ -199,7 +175,7 @@ def test_twenty_changes_leave_no_trace_and_compile_nothing(
     first = {}
     for name in ("one", "two"):
         predictor.use(name)
-        first[name] = predictor.answer(pictures())
+        first[name] = predictor.answer(pictures(2))
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something is compiled")
@@ -209,7 +185,7 @@ def test_twenty_changes_leave_no_trace_and_compile_nothing(
     for number in range(20):
         name = ("one", "two")[number % 2]
         predictor.use(name)
-        np.testing.assert_array_equal(predictor.answer(pictures()), first[name])
+        np.testing.assert_array_equal(predictor.answer(pictures(2)), first[name])
         # Fewer images than a batch, and other steps: the same code.
         predictor.with_recipe(steps=1, noise="zero").answer(pictures(1))
     live_of(predictor.runners["denoiser"]).use({})
@@ -253,8 +229,10 @@ def test_an_engine_with_weights_in_its_code_says_so(
     shared: Any = {"recipe": RECIPE, "prompt": prompt, "folder": tmp_path / "b", "origin": {}}
     list(export_bundle(base, engine="eager", precision="fp32", adapter=adapter, **shared))
     predictor = open_bundle(tmp_path / "b")
-    expected = {"image": eager(base).answer(pictures())}  # it is merged into this base by now
-    require(compare(expected, {"image": predictor.answer(pictures())}), role="", tolerance="fp32")
+    expected = {
+        "image": eager_predictor(base, RECIPE).answer(pictures(2))
+    }  # it is merged into this base by now
+    require(compare(expected, {"image": predictor.answer(pictures(2))}), role="", tolerance="fp32")
     assert not predictor.adapters
     with pytest.raises(EngineError, match="Export for 'aoti' or 'inductor'"):
         live_of(predictor.runners["denoiser"])

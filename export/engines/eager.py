@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewshot_rt.errors import EngineError, ModelError
-from fewshot_rt.export.engine import make_runner, missing_package
+from fewshot_rt.errors import ModelError
+from fewshot_rt.export.engine import make_runner, missing_package, require_device
 from fewshot_rt.predictor import Runner
 from fewshot_rt.spec import Signature
 
@@ -44,13 +44,7 @@ def load(
     """
     import torch
 
-    if threads is not None:
-        raise EngineError(
-            f"engine 'eager' cannot keep to {threads} threads by itself: PyTorch has one number "
-            "for the whole process. Set OMP_NUM_THREADS, or choose engine 'onnx'."
-        )
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise EngineError(f"device {device!r} is not there: PyTorch sees no GPU. Use device 'cpu'.")
+    require_device(name, device, threads)
     try:
         exported = torch.export.load(path)
     except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
