@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,12 +13,19 @@ from .models import find_run
 from .options import FOLDER, acceleration_option, json_option, runs_option, write_result
 from .progress import meter, say
 
-STAGES = 13  # four a role, three roles, and the whole way
+STAGES = 15  # four a role, three roles, and three for the whole way
+
+if TYPE_CHECKING:
+    from fewshot_rt.adapter import Adapter
+    from fewshot_rt.base import Base
+    from fewshot_rt.images import Pixels
 
 
 @click.command("export")
 @click.argument("run", type=FOLDER, required=False)
-@click.option("--engine", default="onnx", show_default=True, help="Engine to build for.")
+@click.option(
+    "--engine", help="Engine to build for.  [default: the fastest that this machine can run]"
+)
 @click.option("--precision", default="fp32", show_default=True, help="Arithmetic of the bundle.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda: where it will run.")
 @click.option(
@@ -36,7 +43,7 @@ STAGES = 13  # four a role, three roles, and the whole way
 @json_option
 def command(
     run: Path | None,
-    engine: str,
+    engine: str | None,
     precision: str,
     device: str,
     out: Path | None,
@@ -50,7 +57,8 @@ def command(
 
     RUN is a run's folder or name (default: the latest). The adapter is merged, each part of the
     model is captured and built for the engine, and compared with PyTorch: nothing is written that
-    answers otherwise. `fewshot-rt predict` then takes the bundle by itself.
+    answers otherwise. In fewer bits than fp32, answers to the run's own pairs must be as good, too.
+    `fewshot-rt predict` then takes the bundle by itself.
 
     Bundles of the engines aoti and inductor hold a base and any number of adapters: add others with
     --into, and choose among them with `fewshot-rt predict --adapter NAME`.
@@ -58,49 +66,89 @@ def command(
     if into and out:
         raise click.UsageError("--into adds to a bundle, --out makes one: give one of them.")
     place = find_run(run, runs)
+    engine, precision = _choose(engine, precision, device=device, into=into)
     folder = into or out or place / "bundles" / f"{engine}-{precision}"
-    from fewshot_rt.export.bundle import read_manifest
-    from fewshot_rt.export.engine import require_engine
-
-    if into:
-        manifest = read_manifest(into)
-        engine, precision = manifest["engine"], manifest["precision"]
-    require_engine(engine)
     from fewshot_rt.export.build import add_adapter, export_bundle
 
+    base, adapter, shared = _open(place, precision, device=device, acceleration=acceleration)
+    named = (name or place.resolve().name, adapter)
+    if into:
+        steps = add_adapter(base, named, folder=folder, **shared)
+    else:
+        way = {"engine": engine, "precision": precision, "folder": folder}
+        steps = export_bundle(base, adapter=named, **way, **shared)
+    parity, quality = _watch(steps, engine)
+    worst = max(parity.values())
+    say(f"exported: {folder} (differs from PyTorch by {worst:.1e} relative, at most)")
+    if quality:
+        beside = f"(in PyTorch {quality['eager']:.4g}), on {quality['images']} pairs of the run"
+        say(f"quality   {quality['metric']} {quality['engine']:.4g} {beside}")
+    say("next      fewshot-rt predict DIR")
+    result = {"bundle": folder, "engine": engine, "precision": precision}
+    write_result(result | {"parity": parity, "quality": quality}, as_json=as_json)
+
+
+def _choose(
+    engine: str | None, precision: str, *, device: str, into: Path | None
+) -> tuple[str, str]:
+    """Settle engine and precision: what is there already, what is asked for, or the fastest."""
+    from fewshot_rt.export.engine import fastest_engine, require_engine
+
+    if into:
+        from fewshot_rt.export.bundle import read_manifest
+
+        manifest = read_manifest(into)
+        engine, precision = manifest["engine"], manifest["precision"]
+    if engine is None:
+        engine = fastest_engine(device, precision)
+        say(f"engine    {engine}, the fastest that this machine can run (--engine takes others)")
+    require_engine(engine)
+    return engine, precision
+
+
+def _open(
+    place: Path, precision: str, *, device: str, acceleration: tuple[str, ...]
+) -> "tuple[Base, Adapter, dict[str, Any]]":
+    """Open a run for what is built of it; give base, adapter, and what all ways to build take."""
     base, adapter, values = open_exact(place, device=device, acceleration=acceleration)
     recipe = values["recipe"]
     if acceleration:  # these LoRAs know noise alone
         recipe = replace(recipe, noise="seeded", trained_noise="seeded")
-    known = place.resolve().name
-    shared: dict[str, Any] = {
+    shared = {
         "recipe": recipe,
         "prompt": values["prompt"],
-        "folder": folder,
+        "pairs": [] if precision == "fp32" else _read_pairs(values),
         "origin": {
-            "run": known,
+            "run": place.resolve().name,
             "task_digest": adapter.provenance.digest,
             "acceleration": [file.to_dict() for file in values["acceleration"]],
         },
     }
-    named = (name or known, adapter)
-    if into:
-        steps = add_adapter(base, named, **shared)
-    else:
-        steps = export_bundle(base, engine=engine, precision=precision, adapter=named, **shared)
-    parity = _watch(steps, engine)
-    worst = max(parity.values())
-    say(f"exported: {folder} (differs from PyTorch by {worst:.1e} relative, at most)")
-    say("next      fewshot-rt predict DIR")
-    write_result({"bundle": folder, "engine": engine, "parity": parity}, as_json=as_json)
+    return base, adapter, shared
 
 
-def _watch(steps: Iterator[Any], engine: str) -> dict[str, float]:
-    """Show what is done; give the worst relative error of each role."""
+def _read_pairs(values: dict[str, Any]) -> "list[tuple[Pixels, Pixels]]":
+    """Read pairs that the run learned from; none, which is said, if they are not there any more."""
+    from fewshot_rt.export.quality import MOST_PAIRS
+    from fewshot_rt.images import read_image
+    from fewshot_rt.task import Task
+
+    pairs = Task.from_dict(values["task"]).pairs[:MOST_PAIRS]
+    gone = [path for pair in pairs for path in (pair.source, pair.target) if not path.is_file()]
+    if gone:
+        say(f"note: {gone[0]} is not there any more, so quality is not judged on the run's pairs")
+        return []
+    return [(read_image(pair.source), read_image(pair.target)) for pair in pairs]
+
+
+def _watch(steps: Iterator[Any], engine: str) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """Show what is done; give the worst relative error of each role, and the quality if judged."""
     parity: dict[str, float] = {}
+    quality = None
     with meter(f"export {engine}") as shown:
         for index, step in enumerate(steps, start=1):
             shown.show(min(1.0, index / STAGES), f"{step.role}: {step.stage}")
             if step.parity:
                 parity[step.role] = max(p.rel_l2 for p in step.parity.values())
-    return parity
+            quality = step.quality.to_dict() if step.quality else quality
+    return parity, quality

@@ -1,21 +1,15 @@
-"""From a merged base to a bundle: capture, build, load and compare each role, then write.
-
-Axes: B batch, C channels, H W pixels.
-"""
+"""From a merged base to a bundle: capture, build, load and compare each role, then write."""
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from fewshot_rt.adapter import Adapter
 from fewshot_rt.base import Base
 from fewshot_rt.errors import ConfigError, ModelError, unknown
-from fewshot_rt.predictor import Floats, Predictor, Recipe, Runner
-from fewshot_rt.roles import Role, make_roles, make_signatures, run_eagerly
+from fewshot_rt.predictor import Recipe, Runner
 from fewshot_rt.spec import ROLES, Signature
 
 from .adapters import live_of, updates_of
@@ -28,50 +22,42 @@ from .bundle import (
     staged_bundle,
     write_bundle,
 )
-from .engine import Engine, require_engine
+from .engine import Engine, Examples, require_engine, require_examples
+from .model import (
+    ANSWER,
+    Arrays,
+    Model,
+    Trial,
+    cases_of,
+    cut_model,
+    draw_pictures,
+    make_trial,
+)
 from .parity import Parity, compare, require, worst
 from .program import capture
+from .quality import Pairs, Quality, batches, judge_quality
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .live import Update
+
 T = TypeVar("T")
-Arrays = Mapping[str, np.ndarray]
-Cases = Mapping[str, Sequence[Arrays]]  # what each role is given, by its name
-ANSWER = "answer"  # the name under which the whole way is compared
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildStep:
-    """One thing done: a stage (capture, build, load, parity) of a role, or "write" of the bundle.
+    """One thing done: a stage (capture, build, load, parity) of a role, or one of the whole way.
 
-    parity: the worst figures by tensor, after a stage "parity".
+    Those are "parity", "quality" and "write". parity: the worst figures by tensor, after a stage
+    "parity". quality: after a stage "quality".
     """
 
     role: str
     stage: str
     seconds: float
     parity: Mapping[str, Parity] | None = None
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is frozen: the roles of a base, and how eager runs them, the reference of all parity.
-
-    precisions: of each role, and of the whole way.
-    """
-
-    roles: Mapping[str, Role]
-    signatures: Mapping[str, Signature]
-    runners: Mapping[str, Runner]
-    precisions: Mapping[str, str]
-    prompt: Arrays
-    recipe: Recipe
-    device: str
-
-    def predictor(self, runners: Mapping[str, Runner]) -> Predictor:
-        """Let other runners answer with the same prompt and recipe."""
-        return Predictor(runners, prompt=self.prompt, recipe=self.recipe, origin=ANSWER)
+    quality: Quality | None = None
 
 
 def export_bundle(
@@ -84,6 +70,7 @@ def export_bundle(
     folder: Path,
     origin: Mapping[str, Any],
     adapter: tuple[str, Adapter] | None = None,
+    pairs: Pairs = (),
 ) -> Iterator[BuildStep]:
     """Write a bundle of a base; yield after every stage.
 
@@ -91,10 +78,13 @@ def export_bundle(
     way came close enough to eager. origin: licence, adapter and so on; base and revision are added.
     adapter: its name and itself, if it is not merged into the base yet; it is then, before the
     graphs are captured, or after it if the engine's weights are live: such a bundle keeps the
-    base's own weights, and `add_adapter` gives it more adapters.
+    base's own weights, and `add_adapter` gives it more adapters. pairs: inputs and targets of the
+    task as their files have them; in fewer bits than fp32, scales are found on them, where the
+    engine does that, and the bundle's answers must be as good on them as PyTorch's.
 
     Raises: ConfigError for an unknown engine or precision; EngineError if the engine cannot run
-    here or the parity is not reached; DataError if the folder cannot be written to.
+    here, parity or quality are not reached, or pairs are missing to find scales on; DataError if
+    the folder cannot be written to.
     """
     tool = require_engine(engine)
     if precision not in tool.precisions:
@@ -102,22 +92,20 @@ def export_bundle(
     if adapter is not None and not tool.is_live:
         adapter[1].merge(base)
         adapter = None
-    model = cut_model(base, prompt, recipe, precision=precision)
+    model = cut_model(base, prompt, recipe, engine=tool, precision=precision)
     with staged_bundle(folder) as staging:
         files = {role: f"{role}{tool.suffix}" for role in ROLES}
         paths = {role: staging / name for role, name in files.items()}
-        cases, answer = _realistic(model)
-        runners, parity = yield from _freeze(model, tool, cases, paths=paths)
+        trial = _try(model, tool, pairs)
+        runners, parity = yield from _freeze(model, tool, trial, paths=paths)
         held = {}
         if adapter is not None:
             name, weights = adapter
-            updates = updates_of(weights)
-            weights.merge(base)
-            live_of(runners["denoiser"]).use(updates)
-            cases, answer = _realistic(model)
-            parity |= yield from _judge_denoiser(model, runners["denoiser"], cases)
-            held[name] = updates
-        parity |= yield from _judge_answer(model, runners, answer)
+            held[name] = _use(base, weights, runners["denoiser"])
+            trial = _try(model, tool, pairs)
+            parity |= yield from _judge_denoiser(model, runners["denoiser"], trial)
+        parity |= yield from _judge_answer(model, runners, trial)
+        quality = yield from _judge_quality(model, runners, pairs)
         started = time.perf_counter()
         contents = Contents(
             engine=engine,
@@ -127,6 +115,7 @@ def export_bundle(
             files=files,
             prompt=model.prompt,
             parity=parity,
+            quality=quality,
             origin={"base": base.name, "revision": base.revision, **origin},
         )
         write_bundle(staging, contents, held)
@@ -141,34 +130,45 @@ def add_adapter(
     prompt: "Mapping[str, Tensor]",
     folder: Path,
     origin: Mapping[str, Any],
+    pairs: Pairs = (),
 ) -> Iterator[BuildStep]:
     """Add an adapter to a bundle whose weights are live; nothing is compiled. Yield every stage.
 
     base: as the bundle's was, without an adapter; this one is merged into it. adapter: its name and
-    itself. origin: as for `export_bundle`.
+    itself. origin, pairs: as for `export_bundle`.
 
     Raises: ConfigError if the name is taken; ModelError if the adapter was made for another base,
-    size or prompt; EngineError if the parity is not reached or the engine's weights are not live.
+    size or prompt; EngineError if parity or quality are not reached or the engine's weights are not
+    live.
     """
     name, weights = adapter
     manifest = read_manifest(folder)
     if name in manifest.get("adapters", {}):
         raise ConfigError(f"{folder} has an adapter {name!r} already. Give another --name.")
     require_name(name)
-    model = cut_model(base, prompt, recipe, precision=manifest["precision"])
+    engine, precision = require_engine(manifest["engine"]), manifest["precision"]
+    model = cut_model(base, prompt, recipe, engine=engine, precision=precision)
     origin = {"base": base.name, "revision": base.revision, **origin}
     _require_same(manifest, model, origin)
     predictor = open_bundle(folder, device=str(base.device))
     runner = predictor.runners["denoiser"]
-    live, updates = live_of(runner), updates_of(weights)
-    weights.merge(base)
-    live.use(updates)
-    cases, answer = _realistic(model)
-    parity = yield from _judge_denoiser(model, runner, cases)
-    parity |= yield from _judge_answer(model, predictor.runners, answer)
+    updates = _use(base, weights, runner)
+    trial = _try(model, engine, pairs)
+    parity = yield from _judge_denoiser(model, runner, trial)
+    parity |= yield from _judge_answer(model, predictor.runners, trial)
+    quality = yield from _judge_quality(model, predictor.runners, pairs)
     started = time.perf_counter()
-    add_held(folder, name, updates, model.prompt, recipe=recipe, parity=parity, origin=origin)
+    said = {"recipe": recipe, "parity": parity, "quality": quality, "origin": origin}
+    add_held(folder, name, updates, model.prompt, **said)
     yield BuildStep(role=ANSWER, stage="write", seconds=time.perf_counter() - started)
+
+
+def _use(base: Base, adapter: Adapter, runner: Runner) -> "dict[str, Update]":
+    """Put an adapter into a base and into the live weights of its frozen denoiser."""
+    live, updates = live_of(runner), updates_of(adapter)
+    adapter.merge(base)
+    live.use(updates)
+    return updates
 
 
 def _require_same(manifest: Mapping[str, Any], model: Model, origin: Mapping[str, Any]) -> None:
@@ -186,74 +186,75 @@ def _require_same(manifest: Mapping[str, Any], model: Model, origin: Mapping[str
             )
 
 
-def cut_model(
-    base: Base, prompt: "Mapping[str, Tensor]", recipe: Recipe, *, precision: str
-) -> Model:
-    """Cut a base into what is frozen; its weights are read at each call, so they may change."""
-    # The batch axis varies even where a predictor always fills batches of one.
-    signatures = make_signatures(
-        base,
-        prompt,
-        latents=recipe.latent_shape,
-        size=recipe.size,
-        batch=max(2, recipe.batch),
-    )
-    roles = make_roles(base, signatures)
-    runners = {n: run_eagerly(roles[n], signatures[n], device=base.device) for n in ROLES}
-    precisions = {role: _precision_of(role, base, precision) for role in ROLES} | {
-        ANSWER: precision
-    }
-    fixed = {name: value.detach().cpu().numpy() for name, value in prompt.items()}
-    return Model(roles, signatures, runners, precisions, fixed, recipe, str(base.device))
-
-
-def _precision_of(role: str, base: Base, precision: str) -> str:
-    """Give the precision of a role: 8 bits are for the denoiser, and some coders need fp32."""
-    if role == "denoiser":
-        return precision
-    if role in base.exact_roles:
-        return "fp32"
-    return "bf16" if precision in ("int8", "fp8") else precision
-
-
 def _freeze(
-    model: Model, tool: Engine, cases: Cases, *, paths: Mapping[str, Path]
+    model: Model, tool: Engine, trial: Trial, *, paths: Mapping[str, Path]
 ) -> Generator[BuildStep, None, tuple[dict[str, Runner], dict[str, Mapping[str, Parity]]]]:
     """Build each role into its file and compare it at once; give runners and parity."""
     runners: dict[str, Runner] = {}
     parity: dict[str, Mapping[str, Parity]] = {}
     for role in ROLES:
-        runners[role] = yield from _freeze_role(model, tool, role=role, path=paths[role])
-        parity[role] = yield from _judge_role(model, role, runners[role], cases[role])
+        examples = trial.cases[role] if role in model.scaled else ()
+        runners[role] = yield from _freeze_role(
+            model, tool, role=role, path=paths[role], examples=examples
+        )
+        parity[role] = yield from _judge_role(model, role, runners[role], trial)
     return runners, parity
 
 
 def _judge_denoiser(
-    model: Model, runner: Runner, cases: Cases
+    model: Model, runner: Runner, trial: Trial
 ) -> Generator[BuildStep, None, dict[str, Mapping[str, Parity]]]:
     """Compare a denoiser with eager, both with an adapter."""
-    name = "denoiser"
-    return {name: (yield from _judge_role(model, name, runner, cases[name]))}
+    return {"denoiser": (yield from _judge_role(model, "denoiser", runner, trial))}
 
 
 def _judge_answer(
-    model: Model, runners: Mapping[str, Runner], expected: Arrays
+    model: Model, runners: Mapping[str, Runner], trial: Trial
 ) -> Generator[BuildStep, None, dict[str, Mapping[str, Parity]]]:
     """Compare the whole way with eager."""
-    frozen = model.predictor(runners)
-    pairs = ((expected, {"image": frozen.answer(p)}) for p in (_pictures(model.recipe),))
+    frozen, expected = model.predictor(runners), {"image": trial.answers}
+    pairs = ((expected, {"image": frozen.answer(p)}) for p in (trial.pictures,))
     return {ANSWER: (yield from _judge(model, ANSWER, pairs))}
 
 
+def _judge_quality(
+    model: Model, runners: Mapping[str, Runner], pairs: Pairs
+) -> Generator[BuildStep, None, Quality | None]:
+    """Judge by the task's metric where bits were given up and there are pairs to judge on."""
+    if model.precisions[ANSWER] == "fp32" or not pairs:
+        return None
+    started = time.perf_counter()
+    eager, engine = model.predictor(model.runners), model.predictor(runners)
+    quality = judge_quality(eager, engine, pairs)
+    seconds = time.perf_counter() - started
+    yield BuildStep(role=ANSWER, stage="quality", seconds=seconds, quality=quality)
+    return quality
+
+
+def _try(model: Model, tool: Engine, pairs: Pairs) -> Trial:
+    """Answer eagerly what is compared: drawn pictures, or the pairs' where scales depend on them.
+
+    Raises: EngineError if there are no pairs to find scales on.
+    """
+    if not model.scaled:
+        return make_trial(model, [draw_pictures(model.recipe)])
+    require_examples(tool.name, model.precisions[ANSWER], pairs)
+    return make_trial(model, list(batches(model.recipe, pairs)))
+
+
 def _freeze_role(
-    model: Model, tool: Engine, *, role: str, path: Path
+    model: Model, tool: Engine, *, role: str, path: Path, examples: Examples
 ) -> Generator[BuildStep, None, Runner]:
     """Capture one role, build it into a file, and open that file."""
     signature, precision = model.signatures[role], model.precisions[role]
     program = yield from _timed(
         role, "capture", lambda: capture(model.roles[role], signature, role=role)
     )
-    yield from _timed(role, "build", lambda: tool.build(program, path, precision=precision))
+    yield from _timed(
+        role,
+        "build",
+        lambda: tool.build(program, path, precision=precision, examples=examples),
+    )
     return (
         yield from _timed(role, "load", lambda: tool.load(path, signature, device=model.device))
     )
@@ -267,10 +268,10 @@ def _timed(role: str, stage: str, work: Callable[[], T]) -> Generator[BuildStep,
 
 
 def _judge_role(
-    model: Model, role: str, runner: Runner, cases: Sequence[Arrays]
+    model: Model, role: str, runner: Runner, trial: Trial
 ) -> Generator[BuildStep, None, dict[str, Parity]]:
-    every = (*_random(model.signatures[role]), *cases)
-    pairs = ((model.runners[role](case), runner(case)) for case in every)
+    cases = cases_of(model, role, trial)
+    pairs = ((model.runners[role](case), runner(case)) for case in cases)
     return (yield from _judge(model, role, pairs))
 
 
@@ -286,46 +287,3 @@ def _judge(
     parity = worst(figures)
     yield BuildStep(role=role, stage="parity", seconds=time.perf_counter() - started, parity=parity)
     return parity
-
-
-def _random(signature: Signature) -> Iterator[dict[str, np.ndarray]]:
-    """Draw inputs at the least, the usual and the greatest sizes."""
-    for index in range(3):
-        sizes = {axis: bounds[index] for axis, bounds in signature.sizes.items()}
-        yield signature.example(seed=index + 1, **sizes)
-
-
-def _realistic(
-    model: Model,
-) -> tuple[dict[str, list[Arrays]], dict[str, np.ndarray]]:
-    """Answer pictures eagerly; give what each role was given on the way, and the answer."""
-    seen: dict[str, list[Arrays]] = {role: [] for role in ROLES}
-
-    def recording(role: str) -> Runner:
-        def runner(tensors: Arrays) -> dict[str, np.ndarray]:
-            seen[role].append(tensors)
-            return model.runners[role](tensors)
-
-        return runner
-
-    answer = model.predictor({role: recording(role) for role in ROLES}).answer(
-        _pictures(model.recipe)
-    )
-    return seen, {"image": answer}
-
-
-def _pictures(recipe: Recipe) -> Floats:
-    """Draw a batch of pictures: smooth shades and a bright disc each, with sharp edges.
-
-    Shapes: [B, 3, H, W] in [-1, 1].
-    """
-    rng = np.random.default_rng(0)
-    height, width = recipe.size
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    pictures = np.empty((recipe.batch, 3, height, width), np.float32)
-    for picture in pictures:
-        slopes, centre = rng.uniform(-1, 1, (3, 2)), rng.uniform(-0.5, 0.5, 2)
-        is_disc = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < 0.2
-        for channel, (down, right) in zip(picture, slopes, strict=True):
-            channel[:] = np.where(is_disc, rng.uniform(-1, 1), np.sin(2 * (down * y + right * x)))
-    return pictures

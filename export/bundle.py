@@ -26,6 +26,7 @@ from fewshot_rt.versions import versions
 from .adapters import Adapters, Held, read_prompt, write_prompt, write_updates
 from .engine import AGAIN, require_engine
 from .parity import Parity
+from .quality import Quality, quality_values
 
 if TYPE_CHECKING:
     from .live import Update
@@ -40,8 +41,8 @@ class Contents:
     """What a manifest says beside the files themselves.
 
     files: the file of each role, by its name in the folder. parity: by role, then by tensor; the
-    role "answer" is the whole way. origin: base, revision, licence and whatever else is known of
-    where the weights came from, as JSON values.
+    role "answer" is the whole way. quality: by the task's metric, if it was judged. origin: base,
+    revision, licence and whatever else is known of where the weights came from, as JSON values.
     """
 
     engine: str
@@ -51,6 +52,7 @@ class Contents:
     files: Mapping[str, str]
     prompt: Mapping[str, np.ndarray]
     parity: Mapping[str, Mapping[str, Parity]]
+    quality: Quality | None = None
     origin: Mapping[str, Any]
 
 
@@ -88,7 +90,8 @@ def write_bundle(
     write_prompt(staging / PROMPT, contents.prompt)
     adapters = {}
     for name, updates in (held or {}).items():
-        said = {"recipe": contents.recipe, "parity": contents.parity, "origin": contents.origin}
+        names = ("recipe", "parity", "quality", "origin")
+        said = {name: getattr(contents, name) for name in names}
         adapters[name] = write_held(staging, name, updates, contents.prompt, **said)
     files = {path.name: fingerprint(path) for path in sorted(staging.iterdir())}
     roles = {
@@ -104,6 +107,7 @@ def write_bundle(
         "roles": roles,
         "files": files,
         "parity": parity_values(contents.parity),
+        **quality_values(contents.quality),
         "adapters": adapters,
         "versions": versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -120,7 +124,7 @@ def write_held(
 ) -> dict[str, Any]:
     """Write an adapter and its prompt into a bundle's folder; give what the manifest says of it.
 
-    said: recipe, parity and origin, as `Contents` has them.
+    said: recipe, parity, quality and origin, as `Contents` has them.
     Raises: ConfigError if the name is no plain name.
     """
     require_name(name)
@@ -132,6 +136,7 @@ def write_held(
         "prompt": prompt_file,
         "recipe": said["recipe"].to_dict(),
         "parity": parity_values(said["parity"]),
+        **quality_values(said["quality"]),
         "origin": dict(said["origin"]),
     }
 

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from .program import Program
 
 ENGINES = "fewshot_rt.export.engines"
+Examples = Sequence[Mapping[str, np.ndarray]]
+# Fastest first, by the records of `bench` on a processor; on a GPU nothing has been measured yet.
+FASTEST = {
+    "cpu": ("openvino", "aoti", "onnx", "eager"),
+    "cuda": ("trt", "aoti", "onnx", "eager"),
+}
 AGAIN = "Export it again: fewshot-rt export."
 
 
@@ -27,22 +33,30 @@ class Engine(Protocol):
 
     name: its own name. precisions: those that `build` takes. suffix: of the files that it writes.
     is_live: whether its runners have `live` weights (`fewshot_rt.export.live.LiveWeights`), into
-    which adapters are merged after loading.
+    which adapters are merged after loading. is_fixed: whether it builds for full batches alone.
+    coders: the precision of encoder and decoder beside a denoiser's, where it is another.
+    calibrated: precisions whose scales `build` finds on examples.
     """
 
     name: str
     precisions: tuple[str, ...]
     suffix: str
     is_live: bool
+    is_fixed: bool
+    coders: Mapping[str, str]
+    calibrated: tuple[str, ...]
 
     def missing(self) -> str | None:
         """Say why it cannot run here and what to install, as two sentences; None if it can."""
         ...
 
-    def build(self, program: "Program", path: Path, *, precision: str) -> None:
+    def build(
+        self, program: "Program", path: Path, *, precision: str, examples: Examples = ()
+    ) -> None:
         """Write a program as a file; large weights may lie in further files beside it.
 
-        Raises: EngineError if the program cannot be built.
+        examples: what the role is given when it answers real images; for `calibrated` precisions.
+        Raises: EngineError if the program cannot be built, or examples are missing.
         """
         ...
 
@@ -89,11 +103,35 @@ def require_engine(name: str) -> Engine:
     return engine
 
 
+def fastest_engine(device: str, precision: str = "fp32") -> str:
+    """Choose the engine that answers fastest, as measured, among those that can build here.
+
+    Raises: EngineError if none can.
+    """
+    for name in FASTEST["cuda" if device.startswith("cuda") else "cpu"]:
+        engine = get_engine(name)
+        needs_compiler = name == "aoti" and missing_compiler()
+        if precision in engine.precisions and not engine.missing() and not needs_compiler:
+            return name
+    raise EngineError(
+        f"no engine can build {precision} for {device!r} here. See `fewshot-rt doctor`."
+    )
+
+
 def missing_package(package: str, *, install: str) -> str | None:
     """Say that a package is not installed and what to install for it; None if it is there."""
     if find_spec(package) is not None:
         return None
     return f"the package {package!r} is not installed. Install {install}."
+
+
+def require_examples(engine: str, precision: str, examples: Sequence[object]) -> None:
+    """Require examples to find scales on. Raises: EngineError if there are none."""
+    if not examples:
+        raise EngineError(
+            f"engine {engine!r} finds the scales of {precision} on the images that a run was "
+            "trained on, and there are none. Put them back, or choose another precision."
+        )
 
 
 def missing_compiler() -> str | None:

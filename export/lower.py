@@ -5,6 +5,7 @@ fp32, and the compiler fuses the conversions into its neighbours.
 
     fp32   as captured
     bf16   products and attention in bf16
+    fp16   the same in fp16
     int8   the blocks' linear layers in int8, the other products in bf16
     fp8    the blocks' linear layers in e4m3, the other products in bf16
 """
@@ -18,7 +19,7 @@ from torch.fx import Graph, Node
 from fewshot_rt.errors import ConfigError, unknown
 
 from .forms import LINEAR, derive
-from .lifted import Lifted, Weight
+from .lifted import HALVES, Lifted, Weight
 from .regions import block_of
 
 ATEN = torch.ops.aten
@@ -50,10 +51,14 @@ def _keep(lifted: Lifted) -> None:
     """Leave all as it was captured."""
 
 
-def _halve(lifted: Lifted) -> None:
+def _halve(lifted: Lifted, half: torch.dtype = torch.bfloat16) -> None:
     for node in list(lifted.module.graph.nodes):
         if node.op == "call_function" and _is_product(node):
-            _in_bf16(lifted, node)
+            _in_half(lifted, node, half)
+
+
+def _to_fp16(lifted: Lifted) -> None:
+    _halve(lifted, torch.float16)
 
 
 def _quantise(lifted: Lifted, form: str, fits: Callable[[Node], bool]) -> None:
@@ -81,6 +86,7 @@ def _to_fp8(lifted: Lifted) -> None:
 _PASSES: dict[str, Callable[[Lifted], None]] = {
     "fp32": _keep,
     "bf16": _halve,
+    "fp16": _to_fp16,
     "int8": _to_int8,
     "fp8": _to_fp8,
 }
@@ -111,8 +117,8 @@ def _is_fp32(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype is torch.float32
 
 
-def _in_bf16(lifted: Lifted, node: Node) -> None:
-    """Let a product take and give bf16; what comes after gets fp32 as before."""
+def _in_half(lifted: Lifted, node: Node, half: torch.dtype) -> None:
+    """Let a product take and give half the bits; what comes after gets fp32 as before."""
     graph = lifted.module.graph
     if not _is_fp32(node):
         return
@@ -120,20 +126,20 @@ def _in_bf16(lifted: Lifted, node: Node) -> None:
     if _is_ours(node):  # norms and rotary embeddings keep theirs
         factors = [arg for arg in node.args[:3] if isinstance(arg, Node)]
     with graph.inserting_before(node):
-        given = {arg: _as_bf16(lifted, arg, node) for arg in factors if _is_fp32(arg)}
+        given = {arg: _as_half(lifted, arg, node, half) for arg in factors if _is_fp32(arg)}
     node.args = torch.fx.map_arg(node.args, lambda arg: given.get(arg, arg))
     node.kwargs = torch.fx.map_arg(node.kwargs, lambda arg: given.get(arg, arg))
-    node.meta["val"] = node.meta["val"].to(torch.bfloat16)
+    node.meta["val"] = node.meta["val"].to(half)
     with graph.inserting_after(node):
         back = _call(graph, ATEN.to.dtype, (node, torch.float32), node)
     node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
 
 
-def _as_bf16(lifted: Lifted, node: Node, product: Node) -> Node:
+def _as_half(lifted: Lifted, node: Node, product: Node, half: torch.dtype) -> Node:
     """Convert what a product takes: at each call, or once for all if it is a weight."""
     if node.name in lifted.weights:
-        return _in_form(lifted, node, "bf16")
-    return _call(lifted.module.graph, ATEN.to.dtype, (node, torch.bfloat16), product)
+        return _in_form(lifted, node, HALVES[half])
+    return _call(lifted.module.graph, ATEN.to.dtype, (node, half), product)
 
 
 def _in_8_bits(lifted: Lifted, node: Node, form: str) -> None:

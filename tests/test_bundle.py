@@ -175,7 +175,7 @@ def wrong_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An engine whose encoder is a little off, by more than fp32 allows."""
     build = eager_engine.build
 
-    def wrong(program: Any, path: Path, *, precision: str) -> None:
+    def wrong(program: Any, path: Path, *, precision: str, examples: Any = ()) -> None:
         if program.role == "encoder":
             weights = program.exported.state_dict
             for name, value in weights.items():

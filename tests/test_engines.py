@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 
 from fewshot_rt.errors import ConfigError, EngineError, ModelError
+from fewshot_rt.export import onnx_graph
 from fewshot_rt.export.engine import (
     available_engines,
     engine_names,
@@ -96,7 +97,7 @@ def test_large_weights_lie_beside_the_file(
     decoder: tuple[Program, Runner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, eager = decoder
-    monkeypatch.setattr(onnx_engine, "LARGEST_INLINE_BYTES", 1000)
+    monkeypatch.setattr(onnx_graph, "LARGEST_INLINE_BYTES", 1000)
     path = tmp_path / "decoder.onnx"
     check_engine("onnx", program, eager, path)
     data = tmp_path / "decoder.onnx.data"

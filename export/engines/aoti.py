@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewshot_rt.errors import EngineError, ModelError
-from fewshot_rt.export.engine import missing_compiler, missing_package
+from fewshot_rt.export.engine import Examples, missing_compiler, missing_package
 from fewshot_rt.predictor import Runner
 from fewshot_rt.spec import Signature
 
@@ -24,6 +24,9 @@ name = "aoti"
 precisions: tuple[str, ...] = ("fp32", "bf16", "int8", "fp8")
 suffix = ".aoti"
 is_live = True
+is_fixed = False
+coders = {"int8": "bf16", "fp8": "bf16"}
+calibrated: tuple[str, ...] = ()
 
 # Threads are counted when the code runs, not when it is built.
 OPTIONS = {"cpp.dynamic_threads": True}
@@ -34,8 +37,16 @@ def missing() -> str | None:
     return missing_package("torch", install="torch (https://pytorch.org)")
 
 
-def build(program: "Program", path: Path, *, precision: str) -> None:
+def build(
+    program: "Program",
+    path: Path,
+    *,
+    precision: str,
+    examples: Examples = (),  # noqa: ARG001
+) -> None:
     """Compile a program, each kind of block once, and write its weights beside it.
+
+    examples: not used; scales are found at each call.
 
     Raises: EngineError if there is no C++ compiler, or the precision is not for this device.
     """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fewshot_rt.errors import ModelError
-from fewshot_rt.export.engine import make_runner, missing_package, require_device
+from fewshot_rt.export.engine import Examples, make_runner, missing_package, require_device
 from fewshot_rt.predictor import Runner
 from fewshot_rt.spec import Signature
 
@@ -18,6 +18,9 @@ name = "eager"
 precisions: tuple[str, ...] = ("fp32",)
 suffix = ".pt2"
 is_live = False
+is_fixed = False
+coders: dict[str, str] = {}
+calibrated: tuple[str, ...] = ()
 
 
 def missing() -> str | None:
@@ -25,8 +28,8 @@ def missing() -> str | None:
     return missing_package("torch", install="torch (https://pytorch.org)")
 
 
-def build(program: "Program", path: Path, *, precision: str) -> None:  # noqa: ARG001
-    """Write the graph and its weights. precision: that of the program, fp32."""
+def build(program: "Program", path: Path, *, precision: str, examples: Examples = ()) -> None:  # noqa: ARG001
+    """Write the graph and its weights. precision: that of the program, fp32. examples: not used."""
     import torch
 
     # Through a Python file, so that a full disk is the OSError that it is.

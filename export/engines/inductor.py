@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewshot_rt.errors import ModelError
-from fewshot_rt.export.engine import missing_compiler, missing_package
+from fewshot_rt.export.engine import Examples, missing_compiler, missing_package
 from fewshot_rt.predictor import Runner
 from fewshot_rt.spec import Signature
 
@@ -24,6 +24,9 @@ name = "inductor"
 precisions: tuple[str, ...] = ("fp32", "bf16", "int8", "fp8")
 suffix = ".inductor"
 is_live = True
+is_fixed = False
+coders = {"int8": "bf16", "fp8": "bf16"}
+calibrated: tuple[str, ...] = ()
 
 
 def missing() -> str | None:
@@ -31,8 +34,16 @@ def missing() -> str | None:
     return missing_package("torch", install="torch (https://pytorch.org)") or missing_compiler()
 
 
-def build(program: "Program", path: Path, *, precision: str) -> None:
+def build(
+    program: "Program",
+    path: Path,
+    *,
+    precision: str,
+    examples: Examples = (),  # noqa: ARG001
+) -> None:
     """Write a program, each kind of block once, and its weights beside it.
+
+    examples: not used; scales are found at each call.
 
     Raises: EngineError if the precision is not for this device.
     """

@@ -1,17 +1,12 @@
 """ONNX Runtime: a program as an ONNX file, run without PyTorch."""
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewshot_rt import __version__
 from fewshot_rt.errors import EngineError, ModelError
-from fewshot_rt.export.engine import make_runner, missing_package
+from fewshot_rt.export.engine import AGAIN, Examples, make_runner, missing_package, require_examples
 from fewshot_rt.predictor import Runner
 from fewshot_rt.spec import Signature
 
@@ -19,18 +14,16 @@ if TYPE_CHECKING:
     from fewshot_rt.export.program import Program
 
 name = "onnx"
-precisions: tuple[str, ...] = ("fp32",)
+precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")
 suffix = ".onnx"
 is_live = False
+is_fixed = False
+# Its kernels for processors know neither bf16 nor fp16.
+coders = {"int8": "fp32"}
+calibrated: tuple[str, ...] = ("int8",)
 
-# The first with whole Attention and RMSNormalization: on a CPU, pocket's denoiser is a little
-# faster than with the decomposed ones of opset 18, at the same error.
-OPSET = 23
-# A protobuf holds at most 2 GiB, graph included; larger weights go to a file beside it.
-LARGEST_INLINE_BYTES = 1_900_000_000
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# These say, at every export, that torchvision is absent and that a Split was not folded.
-CHATTY_LOGGERS = ("torch.onnx._internal.exporter._registration", "onnxscript.optimizer")
+HALVES = ("fp16", "bf16")
 
 
 def missing() -> str | None:
@@ -38,43 +31,39 @@ def missing() -> str | None:
     return missing_package("onnxruntime", install="onnxruntime, or onnxruntime-gpu")
 
 
-def build(program: "Program", path: Path, *, precision: str) -> None:  # noqa: ARG001
+def build(program: "Program", path: Path, *, precision: str, examples: Examples = ()) -> None:
     """Write a program as an ONNX file, its axes named as in the signature, and check it.
 
-    precision: that of the program, fp32. Weights above 1.9 GB go to `path` + ".data".
-    Raises: EngineError if an operator has no ONNX form, or onnx or onnxscript are not installed.
+    Weights above 1.9 GB go to `path` + ".data". examples: what int8 finds its scales on.
+    Raises: EngineError if an operator has no ONNX form, onnx or onnxscript are not installed, the
+    precision is not for the program's device, or examples are missing.
     """
-    for package in ("onnx", "onnxscript"):
-        reason = missing_package(package, install=f"{package}; only export needs it")
-        if reason:
-            raise EngineError(f"engine 'onnx' cannot build: {reason}")
-    import onnx
-    import torch
+    from fewshot_rt.export.bound import lowered
+    from fewshot_rt.export.onnx_graph import write_onnx
+    from fewshot_rt.export.onnx_int8 import quantise
 
-    signature = program.signature
-    with _quiet():
-        try:
-            exported = torch.onnx.export(
-                program.exported,
-                input_names=[spec.name for spec in signature.inputs],
-                output_names=[spec.name for spec in signature.outputs],
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            raise EngineError(f"the {program.role} has no ONNX form: {error}") from error
-    assert exported is not None  # with dynamo=True it never is
-    _tidy(exported.model, signature)
-    exported.model.metadata_props.update({"fewshot-rt": __version__, "role": program.role})
-    exported.save(path, external_data=program.size_bytes > LARGEST_INLINE_BYTES)
-    onnx.checker.check_model(str(path))
+    if precision in HALVES and program.device == "cpu":
+        raise EngineError(
+            f"engine 'onnx' has {precision} on GPUs alone (--device cuda). On a processor choose "
+            "int8 or fp32, or another engine."
+        )
+    if precision != "int8":
+        write_onnx(lowered(program, precision), path)
+        return
+    if program.device != "cpu":
+        raise EngineError("engine 'onnx' has int8 on processors alone. On a GPU choose bf16.")
+    require_examples(name, precision, examples)
+    write_onnx(program, path)
+    quantise(path, examples)
 
 
 def load(
     path: Path, signature: Signature, *, device: str = "cpu", threads: int | None = None
 ) -> Runner:
     """Open an ONNX file on one device; operators never move to another one quietly.
+
+    On a GPU, inputs and outputs stay where they are from call to call, and what is launched for a
+    call is recorded once and started as one (a CUDA graph), for each batch size.
 
     Raises: EngineError if the device is not there, ModelError if the file is damaged.
     """
@@ -84,15 +73,75 @@ def load(
     try:
         session = session_type(str(path), _options(threads), providers=_providers(device))
     except errors as error:
-        raise ModelError(f"{path} is damaged ({error}). Export it again.") from error
+        raise ModelError(f"{path} is damaged ({error}). {AGAIN}") from error
     names = [spec.name for spec in signature.inputs]
     outputs = [spec.name for spec in signature.outputs]
+    if device != "cpu":
+        return make_runner(signature, Bound(session, signature, device=device))
 
     def run(tensors: list[np.ndarray]) -> list[np.ndarray]:
         results: list[np.ndarray] = session.run(outputs, dict(zip(names, tensors, strict=True)))
         return results
 
     return make_runner(signature, run)
+
+
+class Bound:
+    """Runs a session on tensors of its device, which are kept for each batch size.
+
+    On a GPU the first call with a batch size records a CUDA graph, which needs the addresses of
+    inputs and outputs to stay.
+    """
+
+    def __init__(self, session: Any, signature: Signature, *, device: str) -> None:
+        self._session, self._signature = session, signature
+        self._kind, _, index = device.partition(":")
+        self._index = int(index or 0)
+        self._places: dict[tuple[tuple[int, ...], ...], tuple[Any, list[Any], list[Any], Any]] = {}
+
+    def __call__(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
+        """Take and give arrays in the order of the signature."""
+        key = tuple(tensor.shape for tensor in tensors)
+        if key not in self._places:
+            self._places[key] = self._bind(tensors, number=len(self._places))
+        binding, inputs, outputs, options = self._places[key]
+        for place, tensor in zip(inputs, tensors, strict=True):
+            place.update_inplace(np.ascontiguousarray(tensor))
+        self._session.run_with_iobinding(binding, options)
+        return [np.array(place.numpy()) for place in outputs]
+
+    def _bind(
+        self, tensors: list[np.ndarray], *, number: int
+    ) -> tuple[Any, list[Any], list[Any], Any]:
+        """Make places for tensors of these sizes on the device. number: of its CUDA graph."""
+        import onnxruntime
+
+        make, where = onnxruntime.OrtValue, (self._kind, self._index)
+        specs = self._signature.inputs
+        sizes = {
+            axis: size
+            for spec, tensor in zip(specs, tensors, strict=True)
+            for axis, size in zip(spec.axes, tensor.shape, strict=True)
+            if isinstance(axis, str)
+        }
+        # Not from the arrays themselves, whose memory would be shared on a processor.
+        inputs, outputs = (
+            [
+                make.ortvalue_from_shape_and_type(
+                    list(self._signature.shape(spec, **sizes)), np.dtype(spec.dtype), *where
+                )
+                for spec in side
+            ]
+            for side in (specs, self._signature.outputs)
+        )
+        binding = self._session.io_binding()
+        for spec, place in zip(specs, inputs, strict=True):
+            binding.bind_ortvalue_input(spec.name, place)
+        for spec, place in zip(self._signature.outputs, outputs, strict=True):
+            binding.bind_ortvalue_output(spec.name, place)
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(number + 1))
+        return binding, inputs, outputs, options
 
 
 def _options(threads: int | None) -> Any:
@@ -119,7 +168,9 @@ def _providers(device: str) -> list[str | tuple[str, dict[str, str]]]:
             f"engine 'onnx' cannot run on {device!r} here: this onnxruntime has "
             f"{', '.join(present)}. Install fewshot-rt[cuda], or use device 'cpu'."
         )
-    return [(provider, {"device_id": index})] if index else [provider]
+    if kind == "cpu":
+        return [provider]
+    return [(provider, {"device_id": index or "0", "enable_cuda_graph": "1"})]
 
 
 def _load_errors() -> tuple[type[Exception], ...]:
@@ -128,40 +179,3 @@ def _load_errors() -> tuple[type[Exception], ...]:
 
     names = ("Fail", "InvalidArgument", "InvalidProtobuf", "InvalidGraph", "NoSuchFile", "NoModel")
     return tuple(getattr(state, name) for name in names)
-
-
-def _tidy(model: Any, signature: Signature) -> None:
-    """Name the axes that vary, which torch.export numbers (s0, s1), as the signature does.
-
-    Notes on where each node came from are left out: of a small model they are half of the file.
-    """
-    graph = model.graph
-    for annotated in (graph, *graph):
-        annotated.metadata_props.clear()
-    known = {value.name: value for value in graph.inputs}
-    renamed = {
-        str(known[spec.name].shape[position]): axis
-        for spec in signature.inputs
-        for position, axis in signature.varying(spec)
-    }
-    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-        for position, size in enumerate(value.shape or ()):
-            if str(size) in renamed:
-                value.shape[position] = renamed[str(size)]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what is known of the exporter and says nothing about the model."""
-    loggers = [logging.getLogger(name) for name in CHATTY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        # torch's own use of its own deprecated class.
-        warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
