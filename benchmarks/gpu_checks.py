@@ -269,7 +269,7 @@ def poisoned() -> Iterator[None]:
 def _live_runner(denoising: Denoising, stage: Stage) -> tuple[PlanRunner, LiveWeights]:
     """Compile with our attention, on weights of its own that updates may change."""
     variant = Variant(engine=stage.engine, attention="ours")
-    regions, plan, _ = cut_regions(denoising.program, variant, stage)
+    regions, plan, _ = cut_regions(denoising.program, variant)
     compiled = compile_regions(regions, variant, stage)
     live = LiveWeights(
         lambda name: denoising.tensors[name].clone(), plan.weights(), device=stage.device

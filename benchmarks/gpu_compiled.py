@@ -21,7 +21,7 @@ from fewshot_rt.export.compiled import Compiled, PlanRunner, quiet, trace
 from fewshot_rt.export.cuda_graphs import CudaGraph
 from fewshot_rt.export.engines import aoti, inductor
 from fewshot_rt.export.forms import PLAIN, derive
-from fewshot_rt.export.lifted import Lifted, lift
+from fewshot_rt.export.lifted import lift
 from fewshot_rt.export.live import LiveWeights
 from fewshot_rt.export.lower import lower
 from fewshot_rt.export.program import Program, capture
@@ -84,7 +84,7 @@ class Denoising:
         role = make_roles(self.base, signatures)[ROLE]
         with quiet():
             self.program = capture(role, self.signature, role=ROLE)
-        self.tensors = _take_tensors(self.program, stage.device)
+        self.tensors = _tensors_of(self.program, stage.device)
         example = self.signature.example(seed=1, batch=batch)
         self._inputs = [
             torch.from_numpy(example[spec.name]).to(stage.device) for spec in self.signature.inputs
@@ -117,7 +117,7 @@ class Denoising:
         """
         captured = variant.attention == "ours", variant.precision
         if captured not in self._cuts:
-            self._cuts[captured] = cut_regions(self.program, variant, self.stage)
+            self._cuts[captured] = cut_regions(self.program, variant)
         regions, plan, sites = self._cuts[captured]
         with attention_order(variant):
             compiled = compile_regions(regions, variant, self.stage)
@@ -132,10 +132,9 @@ class Denoising:
         raise AssertionError(f"{name} is read although all weights are given")
 
 
-def cut_regions(program: Program, variant: Variant, stage: Stage) -> Cut:
+def cut_regions(program: Program, variant: Variant) -> Cut:
     """Give the regions of a variant ready to compile, as `export.compiled.prepare` does."""
     lifted = lift(program)
-    _place_constants(lifted, stage.device)
     sites = swap_attention(lifted.module) if variant.attention == "ours" else ()
     lower(lifted, variant.precision)
     graphs, plan = cut(lifted)
@@ -187,28 +186,10 @@ def recorded(runner: PlanRunner, inputs: Sequence[Tensor], stage: Stage) -> Call
     return lambda: graph(inputs)
 
 
-def _take_tensors(program: Program, device: str) -> dict[str, Tensor]:
-    """Give what a program holds by name, and leave sizes without content in its place.
-
-    Lifting copies what it finds, once for each variant.
-    """
+def _tensors_of(program: Program, device: str) -> dict[str, Tensor]:
+    """Give what a program holds by name, where it runs."""
     weights, constants = program.exported.state_dict, program.exported.constants
-    taken = {name: tensor.detach() for name, tensor in weights.items()}
-    for name, tensor in taken.items():
-        weights[name] = torch.empty_like(tensor, device="meta")
-    return taken | {name: tensor.to(device) for name, tensor in constants.items()}
-
-
-def _place_constants(lifted: Lifted, device: str) -> None:
-    """Let a graph take constants where it runs.
-
-    What a base writes down as a list is captured on the CPU, and a CUDA graph copies nothing from
-    there.
-    """
-    for node in lifted.module.graph.find_nodes(op="placeholder"):
-        value = node.meta["val"]
-        if node.name in lifted.weights and value.device.type != torch.device(device).type:
-            node.meta["val"] = value.to(device)
+    return {name: tensor.detach().to(device) for name, tensor in {**weights, **constants}.items()}
 
 
 @contextmanager

@@ -20,11 +20,11 @@ RESULTS = Path(__file__).parent / "results"
 class Record:
     """What was measured, where, and on which code.
 
-    kind: "latency" (times), "quality" (metrics) or "learning" (one cell of `bench tasks`). case:
-    what was answered. reference: the variant that parity is against, or the one to judge. variants:
-    of each, its times in ms, the first call apart, or its metrics. parity: of each other variant,
-    relative L2 and so on. images: in one call, or measured in all. floor: see `Floor`. commit: None
-    outside of git; "+" says it was changed.
+    kind: "latency" (times), "quality" (metrics), "start" (of processes), "learning" (one cell of
+    `bench tasks`) and so on. case: what was answered. reference: the variant that parity is
+    against, or the one to judge. variants: of each, its times in ms, the first call apart, or its
+    metrics. parity: of each other variant, relative L2 and so on. images: in one call, or measured
+    in all. floor: see `Floor`. commit: None outside of git; "+" says it was changed.
     """
 
     kind: str = "latency"

@@ -28,6 +28,8 @@ from .rungs_tables import (
     make_rungs_table,
     newest_arithmetic,
 )
+from .starts import KIND as STARTS
+from .starts import make_start_table
 
 LEARNING = "tasks"
 HEADINGS = ("way", "median", "p10", "p90", "images/s", "against {first}", "first call", "parity")
@@ -78,6 +80,8 @@ def replace_block(text: str, name: str, content: str) -> str:
 
 def make_table(record: Record) -> str:
     """Make the table of one record, with what it was measured on below it."""
+    if record.kind == STARTS:
+        return make_start_table(record)
     return _qualities(record) if record.kind == "quality" else _latencies(record)
 
 

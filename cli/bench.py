@@ -15,6 +15,7 @@ MODULES = {
     "tasks": ".bench_tasks",
     "steps": ".bench_steps",
     "base": ".bench_base",
+    "start": ".bench_start",
 }
 DEFAULT = "latency"
 

@@ -175,9 +175,21 @@ def read_archive(path: Path) -> dict[str, bytes]:
 def write_weights(path: Path, lifted: Lifted, plan: Plan, facts: Mapping[str, Any]) -> None:
     """Write weights and plan beside an archive. facts: what must hold where it is opened."""
     used = {weight.name for weight in plan.weights()}
-    tensors = {name: compact(t).cpu() for name, t in lifted.sources.items() if name in used}
+    tensors = _apart({name: t for name, t in lifted.sources.items() if name in used})
     metadata = {"plan": json.dumps(plan.to_dict()), "facts": json.dumps(facts)}
     save_file(tensors, path.with_suffix(WEIGHTS_SUFFIX), metadata=metadata)
+
+
+def _apart(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make weights small; each gets memory of its own, as a file needs it."""
+    tensors: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, source in sources.items():
+        tensor = compact(source).cpu()
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in taken else tensor
+        taken.add(place)
+    return tensors
 
 
 def open_weights(path: Path, *, device: str) -> tuple[LiveWeights, Plan]:

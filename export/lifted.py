@@ -55,6 +55,9 @@ class Lifted:
 def lift(program: "Program") -> Lifted:
     """Copy the graph of a program, its weights as inputs; the program stays as it is.
 
+    Weights are those of the program, not copies. What a base writes down as a list is captured on
+    the CPU; here it is where the program runs, as compiled code and CUDA graphs need it.
+
     Raises: EngineError if the graph writes into its weights.
     """
     exported = program.exported
@@ -76,7 +79,9 @@ def lift(program: "Program") -> Lifted:
             )
         form = HALVES.get(known[spec.target].dtype, PLAIN)
         lifted.weights[node.name] = Weight(spec.target, form)
-        lifted.sources[spec.target] = _plain(known[spec.target])
+        source = known[spec.target].detach().to(program.device).contiguous()
+        lifted.sources[spec.target] = source
+        node.meta["val"] = node.meta["val"].to(program.device)
     return lifted
 
 
@@ -98,8 +103,3 @@ def _tidy(graph: Graph) -> None:
 def _writes(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Give a tensor of its own, without gradients: files hold no tensors that share memory."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format)

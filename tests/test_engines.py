@@ -10,10 +10,13 @@ import onnxruntime
 import pytest
 
 from fewshot_rt.errors import ConfigError, EngineError, ModelError
+from fewshot_rt.export import engine as engine_module
 from fewshot_rt.export import onnx_graph
 from fewshot_rt.export.engine import (
+    FASTEST,
     available_engines,
     engine_names,
+    fastest_engine,
     get_engine,
     missing_package,
     require_engine,
@@ -180,3 +183,25 @@ def test_an_engine_without_its_package_says_what_to_do(monkeypatch: pytest.Monke
         "Install fewshot-rt[none], or choose one of: aoti, eager, inductor."
     )
     assert "onnx" not in available_engines()
+
+
+def test_the_fastest_engine_that_can_build_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent: set[str] = set()
+    for name in engine_names():
+        here = get_engine(name)
+        monkeypatch.setattr(
+            here, "missing", lambda name=name: "absent." if name in absent else None
+        )
+    monkeypatch.setattr(engine_module, "missing_compiler", lambda: None)
+    first, second, *_ = FASTEST["cpu"]
+    assert fastest_engine("cpu") == first
+    absent.add(first)
+    assert fastest_engine("cpu") == second
+    monkeypatch.setattr(engine_module, "missing_compiler", lambda: "there is no compiler.")
+    assert "aoti" in FASTEST["cpu"]
+    assert fastest_engine("cpu", "bf16") != "aoti"
+    absent |= set(engine_names())
+    with pytest.raises(EngineError, match=r"no engine can build fp32 for 'cpu' here"):
+        fastest_engine("cpu")
+    for order in FASTEST.values():
+        assert set(order) <= set(engine_names())
