@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     metavar="BUNDLE",
     help="Add the adapter to a bundle of the same base (aoti, inductor); nothing is compiled.",
 )
+@click.option(
+    "--single-file",
+    "is_single",
+    is_flag=True,
+    help="Write one ONNX file from image to answer, for whatever runs ONNX; no bundle.",
+)
 @click.option("--name", help="Of the adapter, in such a bundle.  [default: the run's]")
 @acceleration_option
 @runs_option
@@ -48,6 +54,7 @@ def command(
     device: str,
     out: Path | None,
     into: Path | None,
+    is_single: bool,
     name: str | None,
     acceleration: tuple[str, ...],
     runs: Path,
@@ -62,10 +69,18 @@ def command(
 
     Bundles of the engines aoti and inductor hold a base and any number of adapters: add others with
     --into, and choose among them with `fewshot-rt predict --adapter NAME`.
+
+    With --single-file, all is one ONNX file (default: RUN/bundles/onnx-fp32.onnx) that takes and
+    gives pixels, and needs nothing of fewshot-rt.
     """
     if into and out:
         raise click.UsageError("--into adds to a bundle, --out makes one: give one of them.")
     place = find_run(run, runs)
+    if is_single:
+        _require_single(engine, precision, device=device, out=out, into=into)
+        path = out or place / "bundles" / "onnx-fp32.onnx"
+        write_result(_write_single(place, path, acceleration=acceleration), as_json=as_json)
+        return
     engine, precision = _choose(engine, precision, device=device, into=into)
     folder = into or out or place / "bundles" / f"{engine}-{precision}"
     from fewshot_rt.export.build import add_adapter, export_bundle
@@ -75,7 +90,7 @@ def command(
     if into:
         steps = add_adapter(base, named, folder=folder, **shared)
     else:
-        way = {"engine": engine, "precision": precision, "folder": folder}
+        way: dict[str, Any] = {"engine": engine, "precision": precision, "folder": folder}
         steps = export_bundle(base, adapter=named, **way, **shared)
     parity, quality = _watch(steps, engine)
     worst = max(parity.values())
@@ -86,6 +101,38 @@ def command(
     say("next      fewshot-rt predict DIR")
     result = {"bundle": folder, "engine": engine, "precision": precision}
     write_result(result | {"parity": parity, "quality": quality}, as_json=as_json)
+
+
+def _require_single(
+    engine: str | None, precision: str, *, device: str, out: Path | None, into: Path | None
+) -> None:
+    """Require that nothing is asked for that one file cannot have. Raises: UsageError."""
+    asked = {"--engine": engine or "onnx", "--precision": precision, "--device": device}
+    for flag, only in (("--engine", "onnx"), ("--precision", "fp32"), ("--device", "cpu")):
+        if asked[flag] != only:
+            raise click.UsageError(
+                f"--single-file is made with {flag} {only} alone, not {asked[flag]}; it runs on "
+                f"whatever runs ONNX. Leave out {flag}, or --single-file."
+            )
+    if into:
+        raise click.UsageError("--into adds to a bundle, and --single-file makes none.")
+    if out and out.suffix != ".onnx":
+        raise click.UsageError(f"--out {out}: the one file needs a name that ends in .onnx.")
+
+
+def _write_single(place: Path, path: Path, *, acceleration: tuple[str, ...]) -> dict[str, Any]:
+    """Write a run as one file; give the result."""
+    from fewshot_rt.export.single import export_single
+
+    base, adapter, shared = _open(place, "fp32", device="cpu", acceleration=acceleration)
+    del shared["pairs"]
+    steps = export_single(base, adapter=adapter, path=path, **shared)
+    parity, _ = _watch(steps, "onnx", stages=5)
+    size = path.stat().st_size
+    differs = f"differs from PyTorch by {parity['answer']:.1e} relative, at most"
+    say(f"exported: {path} ({size / 1e6:.1f} MB; {differs})")
+    say('next      onnxruntime in any language: see the README, "One file"')
+    return {"file": path, "size_bytes": size, "parity": parity}
 
 
 def _choose(
@@ -141,13 +188,15 @@ def _read_pairs(values: dict[str, Any]) -> "list[tuple[Pixels, Pixels]]":
     return [(read_image(pair.source), read_image(pair.target)) for pair in pairs]
 
 
-def _watch(steps: Iterator[Any], engine: str) -> tuple[dict[str, float], dict[str, Any] | None]:
+def _watch(
+    steps: Iterator[Any], engine: str, *, stages: int = STAGES
+) -> tuple[dict[str, float], dict[str, Any] | None]:
     """Show what is done; give the worst relative error of each role, and the quality if judged."""
     parity: dict[str, float] = {}
     quality = None
     with meter(f"export {engine}") as shown:
         for index, step in enumerate(steps, start=1):
-            shown.show(min(1.0, index / STAGES), f"{step.role}: {step.stage}")
+            shown.show(min(1.0, index / stages), f"{step.role}: {step.stage}")
             if step.parity:
                 parity[step.role] = max(p.rel_l2 for p in step.parity.values())
             quality = step.quality.to_dict() if step.quality else quality

@@ -247,20 +247,19 @@ def _freeze_role(
 ) -> Generator[BuildStep, None, Runner]:
     """Capture one role, build it into a file, and open that file."""
     signature, precision = model.signatures[role], model.precisions[role]
-    program = yield from _timed(
+    program = yield from timed(
         role, "capture", lambda: capture(model.roles[role], signature, role=role)
     )
-    yield from _timed(
+    yield from timed(
         role,
         "build",
         lambda: tool.build(program, path, precision=precision, examples=examples),
     )
-    return (
-        yield from _timed(role, "load", lambda: tool.load(path, signature, device=model.device))
-    )
+    return (yield from timed(role, "load", lambda: tool.load(path, signature, device=model.device)))
 
 
-def _timed(role: str, stage: str, work: Callable[[], T]) -> Generator[BuildStep, None, T]:
+def timed(role: str, stage: str, work: Callable[[], T]) -> Generator[BuildStep, None, T]:
+    """Do some work and give its result; yield how long it took."""
     started = time.perf_counter()
     result = work()
     yield BuildStep(role=role, stage=stage, seconds=time.perf_counter() - started)

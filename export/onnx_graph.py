@@ -3,7 +3,7 @@
 import logging
 import warnings
 from ast import literal_eval
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from fewshot_rt.spec import Signature
 from .engine import missing_package
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .program import Program
 
 # The first with whole Attention and RMSNormalization: on a CPU, pocket's denoiser is a little
@@ -61,6 +63,28 @@ def write_onnx(program: "Program", path: Path) -> None:
     exported.model.metadata_props.update({"fewshot-rt": __version__, "role": program.role})
     exported.save(path, external_data=program.size_bytes > LARGEST_INLINE_BYTES)
     onnx.checker.check_model(str(path))
+
+
+def annotate(
+    path: Path, properties: Mapping[str, str], *, defaults: "Mapping[str, np.ndarray]"
+) -> None:
+    """Write properties into an ONNX file, and values for inputs that may be left out.
+
+    properties: what ONNX Runtime calls custom metadata. defaults: by input; each with a first axis
+    of 1, along which such an input may then also have as many rows as there are images.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, said | dict(properties))
+    for given in model.graph.input:
+        if given.name in defaults:
+            value = onnx.numpy_helper.from_array(defaults[given.name], given.name)
+            model.graph.initializer.append(value)
+            given.type.tensor_type.shape.dim[0].dim_param = f"{given.name}_batch"
+    onnx.save(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 def _tidy(model: Any, signature: Signature) -> None:

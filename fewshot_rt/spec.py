@@ -98,7 +98,7 @@ class Signature:
         )
 
     def example(self, *, seed: int = 0, **sizes: int) -> dict[str, np.ndarray]:
-        """Draw example inputs: standard normal, but a tensor named "time" in (0, 1)."""
+        """Draw example inputs: standard normal; any bytes; a tensor named "time" in (0, 1)."""
         rng = np.random.default_rng(seed)
         return {spec.name: _draw(rng, spec, self.shape(spec, **sizes)) for spec in self.inputs}
 
@@ -145,5 +145,7 @@ class Signature:
 
 
 def _draw(rng: np.random.Generator, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
+    if spec.dtype == "uint8":
+        return rng.integers(0, 256, shape, dtype=np.uint8)
     values = rng.uniform(0.05, 0.95, shape) if spec.name == "time" else rng.normal(size=shape)
     return values.astype(spec.dtype)

@@ -79,6 +79,14 @@ def test_examples_have_the_usual_sizes_or_those_asked_for() -> None:
     assert SIGNATURE.shape(SIGNATURE.outputs[0], batch=3) == (3, 4, 2, 6, 3)
 
 
+def test_examples_of_bytes_take_all_values() -> None:
+    image = TensorSpec("image", "uint8", ("batch", 64, 64, 3))
+    signature = Signature(inputs=(image,), outputs=(), sizes={"batch": (1, 2, 4)})
+    pixels = signature.example()["image"]
+    assert pixels.dtype == np.uint8
+    assert len(np.unique(pixels)) == 256
+
+
 def test_examples_are_normal_with_times_in_range_and_depend_on_the_seed() -> None:
     example = SIGNATURE.example(batch=8, height=16)
     assert example["words"].dtype == np.float16
