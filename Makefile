@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types bench gpu tables format clean
+.PHONY: demo test lint types bench gpu gpu-trt tables format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ gpu: $(if $(BARE),,$(STAMP))
 	ln -s $(CURDIR)/fewshot_rt/* $(addprefix $(CURDIR)/,kernels export cli benchmarks) $(SITE)
 	cd build/site && $(if $(BARE),$(PYTHON),../../$(BIN)/python) -m fewshot_rt.benchmarks.gpu \
 		$(if $(REHEARSE),--rehearse,--results $(CURDIR)/benchmarks/results) $(ARGS)
+
+gpu-trt: $(STAMP)  ## builds, verifies and times TensorRT engines; REHEARSE=1 does what needs none
+	$(BIN)/python -m fewshot_rt.benchmarks.gpu_trt $(if $(REHEARSE),--rehearse) $(ARGS)
 
 tables: $(STAMP)  ## the README's tables, from the records
 	$(BIN)/python -m fewshot_rt.benchmarks.report README.md

@@ -16,15 +16,28 @@ from .progress import say, show_table
 @json_option
 def command(as_json: bool) -> None:
     """Tell what this machine can run, and how to get the rest."""
-    from fewshot_rt.export.engine import engine_names, get_engine
+    from fewshot_rt.export.engine import engine_names, fastest_engine, get_engine
 
     engines = {name: get_engine(name).missing() for name in engine_names()}
+    ready = {name: get_engine(name) for name, missing in engines.items() if missing is None}
+    able = {
+        name: {"devices": list(engine.devices()), "precisions": list(engine.precisions)}
+        for name, engine in ready.items()
+    }
+    fastest = fastest_engine("cpu")
     devices = _devices()
     show_table(["package", "version"], [[k, v] for k, v in versions().items()])
     show_table(["device", ""], [[k, v] for k, v in devices.items()])
+    rows = [
+        [name, *(", ".join(value) for value in values.values())] for name, values in able.items()
+    ]
+    show_table(["engine, ready", "devices here", "precisions"], rows)
     for name, missing in engines.items():
-        say(f"engine {name}: {'ready' if missing is None else missing}")
-    write_result({"versions": versions(), "devices": devices, "engines": engines}, as_json=as_json)
+        if missing is not None:
+            say(f"engine {name}: {missing}")
+    say(f"fastest on this processor: {fastest}, which `fewshot-rt export` takes by itself")
+    result = {"versions": versions(), "devices": devices, "engines": engines}
+    write_result(result | {"able": able, "fastest": fastest}, as_json=as_json)
 
 
 def _devices() -> dict[str, str]:

@@ -50,6 +50,10 @@ class Engine(Protocol):
         """Say why it cannot run here and what to install, as two sentences; None if it can."""
         ...
 
+    def devices(self) -> tuple[str, ...]:
+        """List the kinds of device that it can run on here, where it is not missing."""
+        ...
+
     def build(
         self, program: "Program", path: Path, *, precision: str, examples: Examples = ()
     ) -> None:
@@ -140,6 +144,13 @@ def missing_compiler() -> str | None:
     if shutil.which(compiler):
         return None
     return f"there is no C++ compiler {compiler!r}. Install one, or name yours in CXX."
+
+
+def torch_devices() -> tuple[str, ...]:
+    """List the devices of engines in PyTorch."""
+    import torch
+
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def require_device(engine: str, device: str, threads: int | None) -> None:

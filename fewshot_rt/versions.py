@@ -3,7 +3,18 @@
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("fewshot-rt", "torch", "diffusers", "peft", "onnx", "onnxruntime", "numpy")
+PACKAGES = (
+    "fewshot-rt",
+    "torch",
+    "diffusers",
+    "peft",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "triton",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What many tests share: a tiny base with random weights, in memory and on disk."""
 
+import gc
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,6 +19,19 @@ TINY_TRANSFORMER = {
     "in_channels": 24,  # two frames of 8, and 8 waves
     "out_channels": 8,
 }
+
+
+def pytest_collection_finish() -> None:
+    """Spare all tests two efforts that tell them nothing.
+
+    Garbage is not looked for among the million objects that imports made; training asks for it at
+    every run. Tracing does not note where in the source a node is from, nine tenths of a graph being
+    sums of sizes: a quarter of the time of an export. `test_program.py` lets it.
+    """
+    gc.collect()
+    gc.freeze()
+    if "torch" in sys.modules:
+        sys.modules["torch"].fx.config.do_not_emit_stack_traces = True
 
 
 @pytest.fixture(scope="session")

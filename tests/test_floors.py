@@ -27,7 +27,7 @@ BELOW = {
 }
 # Optional packages, and the only files that may import them.
 OPTIONAL = {
-    "onnx": ("export/engines/onnx.py", "export/onnx_*.py"),
+    "onnx": ("export/engines/onnx.py", "export/onnx_*.py", "export/trt_*.py"),
     "onnxscript": ("export/onnx_*.py",),
     "onnxruntime": ("export/engines/onnx.py", "export/onnx_*.py"),
     "openvino": ("export/engines/openvino.py",),

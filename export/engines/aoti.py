@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewshot_rt.errors import EngineError, ModelError
-from fewshot_rt.export.engine import Examples, missing_compiler, missing_package
+from fewshot_rt.export.engine import Examples, missing_compiler, missing_package, torch_devices
 from fewshot_rt.predictor import Runner
 from fewshot_rt.spec import Signature
 
@@ -35,6 +35,11 @@ OPTIONS = {"cpp.dynamic_threads": True}
 def missing() -> str | None:
     """Say why it cannot run here and what to install; None if it can."""
     return missing_package("torch", install="torch (https://pytorch.org)")
+
+
+def devices() -> tuple[str, ...]:
+    """List the kinds of device that it can run on here."""
+    return torch_devices()
 
 
 def build(

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fewshot_rt.errors import ModelError
-from fewshot_rt.export.engine import Examples, make_runner, missing_package, require_device
+from fewshot_rt.export.engine import (
+    Examples,
+    make_runner,
+    missing_package,
+    require_device,
+    torch_devices,
+)
 from fewshot_rt.predictor import Runner
 from fewshot_rt.spec import Signature
 
@@ -26,6 +32,11 @@ calibrated: tuple[str, ...] = ()
 def missing() -> str | None:
     """Say why it cannot run here and what to install; None if it can."""
     return missing_package("torch", install="torch (https://pytorch.org)")
+
+
+def devices() -> tuple[str, ...]:
+    """List the kinds of device that it can run on here."""
+    return torch_devices()
 
 
 def build(program: "Program", path: Path, *, precision: str, examples: Examples = ()) -> None:  # noqa: ARG001

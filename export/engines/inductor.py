@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewshot_rt.errors import ModelError
-from fewshot_rt.export.engine import Examples, missing_compiler, missing_package
+from fewshot_rt.export.engine import Examples, missing_compiler, missing_package, torch_devices
 from fewshot_rt.predictor import Runner
 from fewshot_rt.spec import Signature
 
@@ -32,6 +32,11 @@ calibrated: tuple[str, ...] = ()
 def missing() -> str | None:
     """Say why it cannot run here and what to install; None if it can."""
     return missing_package("torch", install="torch (https://pytorch.org)") or missing_compiler()
+
+
+def devices() -> tuple[str, ...]:
+    """List the kinds of device that it can run on here."""
+    return torch_devices()
 
 
 def build(

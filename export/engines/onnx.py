@@ -31,6 +31,14 @@ def missing() -> str | None:
     return missing_package("onnxruntime", install="onnxruntime, or onnxruntime-gpu")
 
 
+def devices() -> tuple[str, ...]:
+    """List the kinds of device that it can run on here."""
+    import onnxruntime
+
+    present = onnxruntime.get_available_providers()
+    return tuple(kind for kind, provider in PROVIDERS.items() if provider in present)
+
+
 def build(program: "Program", path: Path, *, precision: str, examples: Examples = ()) -> None:
     """Write a program as an ONNX file, its axes named as in the signature, and check it.
 

@@ -5,7 +5,7 @@ and what the engine must answer with them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from fewshot_rt.spec import Signature
 if TYPE_CHECKING:
     import numpy as np
 
+    from fewshot_rt.export.onnx_trt import Site
     from fewshot_rt.export.program import Program
     from fewshot_rt.export.trt_declare import Declared
     from fewshot_rt.export.trt_runtime import EngineRunner
@@ -64,15 +65,42 @@ def build(program: "Program", path: Path, *, precision: str, examples: Examples 
     examples: what int8 and fp8 find their scales on.
     Raises: EngineError if the program is not on a GPU, or TensorRT cannot build it.
     """
-    from fewshot_rt.export.onnx_trt import allow_decomposition, put_plugin, read_model, write_model
     from fewshot_rt.export.trt_choice import Measured
-    from fewshot_rt.export.trt_declare import declare
-    from fewshot_rt.export.trt_network import build_plan, version_here
-    from fewshot_rt.export.trt_runtime import facts_here
 
     require_gpu(program.device)
-    facts = facts_here(program.device)
-    cache = path.parent.parent / CACHE / f"trt-{facts['TensorRT']}-{facts['GPU']}".replace(" ", "-")
+    choose = Measured(program.device, cache=cache_beside(path, program.device))
+    build_with(choose, program, path, precision=precision, examples=examples)
+
+
+def cache_beside(path: Path, device: str) -> Path:
+    """Say where it is kept how long kernels take: beside the folder of an engine."""
+    from fewshot_rt.export.trt_runtime import facts_here
+
+    facts = facts_here(device)
+    name = f"trt-{facts['TensorRT']}-{facts['GPU']}".replace(" ", "-")
+    return path.parent.parent / CACHE / name
+
+
+def build_with(
+    choose: "Callable[[Site], bool]",
+    program: "Program",
+    path: Path,
+    *,
+    precision: str,
+    examples: Examples = (),
+) -> None:
+    """Build an engine as `build` does. choose: says at which attentions our kernel is to run.
+
+    Raises: EngineError if TensorRT cannot build it.
+    """
+    import torch
+
+    from fewshot_rt.export.onnx_trt import allow_decomposition, put_plugin, read_model, write_model
+    from fewshot_rt.export.trt_declare import declare
+    from fewshot_rt.export.trt_network import build_plan, version_here
+    from fewshot_rt.export.trt_plugin import register
+    from fewshot_rt.export.trt_runtime import facts_here
+
     with TemporaryDirectory(dir=path.parent) as folder:
         declared = declare(
             program, Path(folder), precision=precision, examples=examples, version=version_here()
@@ -82,18 +110,21 @@ def build(program: "Program", path: Path, *, precision: str, examples: Examples 
         if precision == "fp32":
             allow_decomposition(model)
         else:
-            ours = put_plugin(model, Measured(program.device, cache=cache))
+            ours = put_plugin(model, choose)
+        if ours:
+            register()
         write_model(model, declared.path)
+        torch.cuda.empty_cache()  # TensorRT takes its memory from the driver
         plan = build_plan(
             declared.path,
             program.signature,
             role=program.role,
             refittable=[slot.name for slot in declared.slots.values()],
             attentions=declared.attentions - ours,
-            cache=cache,
+            cache=cache_beside(path, program.device),
         )
     path.write_bytes(plan)
-    write_beside(path, program, declared, facts=facts, precision=precision)
+    write_beside(path, program, declared, facts=facts_here(program.device), precision=precision)
 
 
 def load(

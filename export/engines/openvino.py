@@ -1,0 +1,172 @@
+"""OpenVINO: a program for processors, run without PyTorch.
+
+It is read from the program's ONNX graph. A file says what its arithmetic is, and OpenVINO is told
+to keep to it; by itself it would take bf16 wherever a processor has it:
+
+    fp32   as captured
+    bf16   a denoiser's products in bf16, as the graph has them; the other roles wholly in bf16
+    int8   the linear layers of a denoiser's blocks in int8, the rest of it in fp32
+
+The network is compiled for each batch size that it is called with, which is faster than for any.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fewshot_rt.errors import EngineError, ModelError
+from fewshot_rt.export.engine import AGAIN, Examples, make_runner, missing_package, require_examples
+from fewshot_rt.predictor import Runner
+from fewshot_rt.spec import Signature
+
+if TYPE_CHECKING:
+    from fewshot_rt.export.program import Program
+
+name = "openvino"
+precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
+suffix = ".xml"
+is_live = False
+is_fixed = False
+coders = {"int8": "bf16"}
+calibrated: tuple[str, ...] = ("int8",)
+
+SAID = "fewshot-rt"  # where a file says what its arithmetic is
+CAPABILITIES = {"bf16": "BF16", "int8": "INT8"}
+TELEMETRY = "openvino_telemetry"
+
+
+def missing() -> str | None:
+    """Say why it cannot run here and what to install; None if it can."""
+    return missing_package("openvino", install="fewshot-rt[openvino]")
+
+
+def devices() -> tuple[str, ...]:
+    """List the kinds of device that it can run on here."""
+    with without_telemetry():
+        import openvino
+
+    present = openvino.Core().available_devices
+    return tuple(dict.fromkeys(device.partition(".")[0].lower() for device in present))
+
+
+def build(program: "Program", path: Path, *, precision: str, examples: Examples = ()) -> None:
+    """Write a program as OpenVINO's two files: the graph, and its weights in `.bin` beside it.
+
+    examples: what int8 finds its scales on.
+    Raises: EngineError if an operator has no form in ONNX or OpenVINO, a package is missing, the
+    processor has no arithmetic of the precision, or examples are missing.
+    """
+    with without_telemetry():
+        import openvino
+
+    from fewshot_rt.export.bound import lowered
+    from fewshot_rt.export.onnx_graph import write_onnx
+
+    core = openvino.Core()
+    if program.device != "cpu":
+        raise EngineError("engine 'openvino' is for processors. On a GPU choose trt, aoti or onnx.")
+    _require_arithmetic(core, precision, "CPU")
+    if precision == "int8":
+        require_examples(name, precision, examples)
+    is_lowered = precision == "bf16" and program.role == "denoiser"
+    with TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / "program.onnx"
+        write_onnx(lowered(program, "bf16") if is_lowered else program, file)
+        try:
+            model = core.read_model(file)
+        except RuntimeError as error:
+            raise EngineError(f"the {program.role} has no form in OpenVINO: {error}") from error
+        if precision == "int8":
+            from fewshot_rt.export.nncf import quantise
+
+            model = quantise(model, examples)
+        model.set_rt_info(precision, [SAID, "precision"])
+        is_half = precision == "bf16" and not is_lowered
+        model.set_rt_info("bf16" if is_half else "f32", [SAID, "rest"])
+        openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def load(
+    path: Path, signature: Signature, *, device: str = "cpu", threads: int | None = None
+) -> Runner:
+    """Open the two files on one device.
+
+    Raises: EngineError if the device is not there, or has no arithmetic of the file's precision;
+    ModelError if a file is damaged.
+    """
+    with without_telemetry():
+        import openvino
+
+    core = openvino.Core()
+    if device.lower() not in devices():
+        raise EngineError(
+            f"engine 'openvino' has no device {device!r} here: there is {', '.join(devices())}."
+        )
+    place = device.upper()
+    try:
+        model = core.read_model(path)
+        said = {key: str(model.get_rt_info([SAID, key]).value) for key in ("precision", "rest")}
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ModelError(f"{path} is damaged ({reason}). {AGAIN}") from error
+    _require_arithmetic(core, said["precision"], place)
+    # All cores for one call; cores are not kept, which another process may want.
+    way: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": said["rest"]}
+    if place == "CPU":
+        way["ENABLE_CPU_PINNING"] = False
+        way |= {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    return make_runner(signature, Compiled(core, model, signature, way=way, place=place))
+
+
+class Compiled:
+    """Runs a model, which is compiled once for each batch size. way: what OpenVINO is told."""
+
+    def __init__(
+        self, core: Any, model: Any, signature: Signature, *, way: dict[str, Any], place: str
+    ) -> None:
+        self._core, self._model, self._way, self._place = core, model, way, place
+        self._names = [spec.name for spec in signature.inputs]
+        self._outputs = [spec.name for spec in signature.outputs]
+        self.requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def __call__(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
+        """Take and give arrays in the order of the signature."""
+        key = tuple(tensor.shape for tensor in tensors)
+        if key not in self.requests:
+            model = self._model.clone()
+            model.reshape(dict(zip(self._names, map(list, key), strict=True)))
+            compiled = self._core.compile_model(model, self._place, self._way)
+            self.requests[key] = compiled.create_infer_request()
+        request = self.requests[key]
+        given = (np.ascontiguousarray(tensor) for tensor in tensors)
+        request.infer(dict(zip(self._names, given, strict=True)))
+        # Copies: the next call writes into the same memory.
+        return [np.array(request.get_tensor(output).data) for output in self._outputs]
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Import as if OpenVINO's telemetry were not installed: nothing is sent, or kept at home."""
+    if TELEMETRY in sys.modules:
+        yield
+        return
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[TELEMETRY]
+
+
+def _require_arithmetic(core: Any, precision: str, device: str) -> None:
+    """Require arithmetic of a precision. Raises: EngineError that says what to choose instead."""
+    needed = CAPABILITIES.get(precision)
+    if needed and needed not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
+        raise EngineError(
+            f"this {device.lower()} has no arithmetic in {precision}. Choose fp32, or another "
+            "engine."
+        )

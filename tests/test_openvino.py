@@ -1,0 +1,222 @@
+"""OpenVINO. References: the eager role in fp32, and OpenVINO's own list of what it executes."""
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import pytest
+from tiny import cogvideox, ltx, wan
+
+from fewshot_rt.bases import open_base
+from fewshot_rt.errors import EngineError, ModelError
+from fewshot_rt.export import nncf as quantiser
+from fewshot_rt.export.engines import openvino as engine
+from fewshot_rt.export.parity import compare, require
+from fewshot_rt.export.program import Program, capture
+from fewshot_rt.predictor import Runner
+from fewshot_rt.roles import make_roles, make_signatures, run_eagerly
+from fewshot_rt.spec import ROLES
+
+BATCH = 3
+LINEAR = 10  # of a block: eight around two attentions, two of the feed-forward net
+FAMILIES = {
+    "cogvideox": (lambda f, text: cogvideox.write(f, "1.5", text()), (64, 96), 9),
+    "ltx": (lambda f, text: ltx.write(f, "0.9.5", text()), (64, 64), 9),
+    "wan 2.1": (lambda f, text: wan.write(f, "2.1", text(is_multilingual=True)), (64, 64), 5),
+    "wan 2.2": (lambda f, text: wan.write(f, "2.2-A14B", text(is_multilingual=True)), (64, 64), 5),
+}
+
+
+def cut(base: Any, role: str, size: tuple[int, int], frames: int) -> tuple[Program, Runner]:
+    latents = base.geometry.latent_shape(frames=frames, height=size[0], width=size[1])
+    prompt = base.embed("mask")
+    signatures = make_signatures(base, prompt, latents=latents, size=size, batch=BATCH)
+    module, signature = make_roles(base, signatures)[role], signatures[role]
+    eager = run_eagerly(module, signature, device=base.device)
+    return capture(module, signature, role=role), eager
+
+
+@pytest.fixture(scope="module")
+def frozen(make_tiny_base: Callable[..., Any]) -> Callable[[str], tuple[Program, Runner]]:
+    """A function that gives the program of a role, and the eager runner that is its reference."""
+    base, made = make_tiny_base(), {}
+
+    def freeze(role: str) -> tuple[Program, Runner]:
+        if role not in made:
+            made[role] = cut(base, role, (32, 32), 5)
+        return made[role]
+
+    return freeze
+
+
+@pytest.fixture(scope="module")
+def built(frozen: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A function that builds a role in a precision."""
+    folder, made = tmp_path_factory.mktemp("openvino"), {}
+
+    def build(role: str, precision: str) -> Path:
+        if (role, precision) not in made:
+            path = made[role, precision] = folder / f"{role}-{precision}.xml"
+            program = frozen(role)[0]
+            given = examples(program) if precision == "int8" else ()
+            engine.build(program, path, precision=precision, examples=given)
+        return made[role, precision]
+
+    return build
+
+
+def examples(program: Program) -> list[dict[str, np.ndarray]]:
+    return [program.signature.example(seed=seed, batch=BATCH) for seed in range(4)]
+
+
+def executed(path: Path, program: Program) -> Counter[str]:
+    """Count what is executed, by type and precision, as OpenVINO tells it."""
+    runner: Any = engine.load(path, program.signature)
+    runner(program.signature.example(seed=0, batch=2))
+    (compiled,) = (
+        cell.cell_contents
+        for cell in runner.__closure__
+        if isinstance(cell.cell_contents, engine.Compiled)
+    )
+    (request,) = compiled.requests.values()
+    found: Counter[str] = Counter()
+    for node in request.get_compiled_model().get_runtime_model().get_ops():
+        said = node.get_rt_info()
+        found[f"{said['layerType'].astype(str)} {said['runtimePrecision'].astype(str)}"] += 1
+    return found
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_role_agrees_with_eager_at_every_batch(role: str, frozen: Any, built: Any) -> None:
+    """In fp32 to 1e-5, although OpenVINO would take bf16 by itself."""
+    program, eager = frozen(role)
+    runner = engine.load(built(role, "fp32"), program.signature)
+    for batch in (1, 3, 2):
+        given = program.signature.example(seed=batch, batch=batch)
+        require(compare(eager(given), runner(given)), role=role, tolerance="fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_agrees_with_eager(
+    family: str, make_text_encoder: Any, tmp_path: Path
+) -> None:
+    write, size, frames = FAMILIES[family]
+    base = open_base(str(write(tmp_path, make_text_encoder)), weights="fp32")
+    program, eager = cut(base, "denoiser", size, frames)
+    path = tmp_path / "denoiser.xml"
+    engine.build(program, path, precision="fp32")
+    kinds = Counter(node.get_type_name() for node in openvino.Core().read_model(path).get_ops())
+    attention = [n for n in program.exported.graph.nodes if "scaled_dot" in str(n.target)]
+    assert kinds["ScaledDotProductAttention"] == len(attention) > 0
+    runner = engine.load(path, program.signature)
+    for batch in (1, 2):
+        given = program.signature.example(seed=batch, batch=batch)
+        require(compare(eager(given), runner(given)), role="denoiser", tolerance="fp32")
+
+
+@pytest.mark.parametrize(
+    ("role", "precision"), [("denoiser", "bf16"), ("decoder", "bf16"), ("denoiser", "int8")]
+)
+def test_fewer_bits_are_near_and_are_what_is_executed(
+    role: str, precision: str, frozen: Any, built: Any
+) -> None:
+    program, eager = frozen(role)
+    path = built(role, precision)
+    runner = engine.load(path, program.signature)
+    (name,) = (spec.name for spec in program.signature.outputs)
+    for case in examples(program):
+        parity = compare(eager(case), runner(case))
+        require(parity, role=role, tolerance=precision)
+        assert parity[name].rel_l2 > 1e-5, "nothing was rounded"
+    found = executed(path, program)
+    wanted = {"bf16": "bf16", "int8": "u8"}[precision]  # of tokens
+    products = sum(
+        n
+        for kind, n in found.items()
+        if kind.split()[0] in ("FullyConnected", "MatMul", "Convolution") and wanted in kind
+    )
+    assert products >= (LINEAR if role == "denoiser" else 3), found
+
+
+def test_fp32_stays_in_fp32(frozen: Any, built: Any) -> None:
+    found = executed(built("denoiser", "fp32"), frozen("denoiser")[0])
+    assert not [kind for kind in found if "bf16" in kind or "f16" in kind]
+
+
+def test_a_layer_outside_of_blocks_is_not_in_int8(built: Any) -> None:
+    model = openvino.Core().read_model(built("denoiser", "int8"))
+    for node in model.get_ops():
+        if node.get_type_name() == "FakeQuantize":
+            for taker in node.output(0).get_target_inputs():
+                assert ".blocks." in taker.get_node().get_friendly_name()
+
+
+def test_one_call_does_not_write_into_the_answer_of_another(frozen: Any, built: Any) -> None:
+    program, eager = frozen("decoder")
+    runner = engine.load(built("decoder", "fp32"), program.signature, threads=1)
+    cases = [program.signature.example(seed=seed, batch=2) for seed in range(3)]
+    found = [runner(case) for case in cases]
+    for case, answer in zip(cases, found, strict=True):
+        require(compare(eager(case), answer), role="decoder", tolerance="fp32")
+
+
+def test_what_is_not_there_is_refused(
+    frozen: Any, built: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = frozen("decoder")[0]
+    with pytest.raises(EngineError, match="has no device 'cuda' here: there is cpu"):
+        engine.load(built("decoder", "fp32"), program.signature, device="cuda")
+    with pytest.raises(EngineError, match="finds the scales of int8 on the images"):
+        engine.build(program, tmp_path / "a.xml", precision="int8")
+    monkeypatch.setattr(engine, "CAPABILITIES", {"bf16": "none"})
+    with pytest.raises(EngineError, match=r"this cpu has no arithmetic in bf16\. Choose fp32"):
+        engine.build(program, tmp_path / "a.xml", precision="bf16")
+    with pytest.raises(EngineError, match=r"this cpu has no arithmetic in bf16\. Choose fp32"):
+        engine.load(built("decoder", "bf16"), program.signature)
+    monkeypatch.setattr(quantiser, "missing_package", lambda *_, install: f"Install {install}.")
+    with pytest.raises(EngineError, match=r"cannot build int8: Install fewshot-rt\[openvino\]"):
+        engine.build(program, tmp_path / "a.xml", precision="int8", examples=examples(program))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["empty", "noise", "absent", "no weights", "foreign"])
+def test_damaged_files_say_so(damage: str, frozen: Any, built: Any, tmp_path: Path) -> None:
+    source, path = built("decoder", "fp32"), tmp_path / "decoder.xml"
+    weights = path.with_suffix(".bin")
+    weights.write_bytes(source.with_suffix(".bin").read_bytes())
+    path.write_text(source.read_text())
+    if damage == "absent":
+        path.unlink()
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "foreign":  # another's model does not say its precision
+        path.write_text(source.read_text().replace("fewshot-rt", "another"))
+    else:
+        path.write_text({"empty": "", "noise": "no model"}[damage])
+    with pytest.raises(ModelError, match=r"decoder\.xml is damaged .*Export it again"):
+        engine.load(path, frozen("decoder")[0].signature)
+
+
+def test_opening_needs_neither_torch_nor_a_network(frozen: Any, built: Any, tmp_path: Path) -> None:
+    signature = frozen("decoder")[0].signature
+    script = f"""
+import sys
+from pathlib import Path
+from fewshot_rt.export.engines import openvino as engine
+from fewshot_rt.spec import Signature
+signature = Signature.from_dict({signature.to_dict()!r})
+runner = engine.load(Path({str(built("decoder", "fp32"))!r}), signature)
+runner(signature.example(seed=1))
+heavy = {{"torch", "nncf", "onnx", "openvino_telemetry"}} & set(sys.modules)
+sys.exit(f"imported: {{heavy}}" if heavy else 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
