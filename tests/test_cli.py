@@ -269,7 +269,10 @@ def test_doctor_tells_what_can_run(run):
     found = json.loads(out)
     assert found["engines"]["onnx"] is None
     assert found["versions"]["torch"].startswith("2.")
-    assert "engine onnx: ready" in err
+    assert found["able"]["onnx"]["devices"][0] == "cpu"
+    assert "int8" in found["able"]["openvino"]["precisions"]
+    assert found["fastest"] == "openvino"
+    assert "fastest on this processor: openvino" in err
 
 
 def test_pretrain_makes_a_base_and_goes_on(run, tmp_path):

@@ -59,6 +59,11 @@ def missing() -> str | None:
     return None
 
 
+def devices() -> tuple[str, ...]:
+    """List the kinds of device that it can run on."""
+    return ("cuda",)
+
+
 def build(program: "Program", path: Path, *, precision: str, examples: Examples = ()) -> None:
     """Build an engine for the GPU at hand, and write beside it what opening it takes.
 
