@@ -89,7 +89,7 @@ def export_bundle(
     tool = require_engine(engine)
     if precision not in tool.precisions:
         raise ConfigError(unknown(f"precision of engine {engine!r}", precision, tool.precisions))
-    if adapter is not None and not tool.is_live:
+    if adapter is not None and (not tool.is_live or precision in tool.merged):
         adapter[1].merge(base)
         adapter = None
     model = cut_model(base, prompt, recipe, engine=tool, precision=precision)

@@ -33,7 +33,8 @@ class Engine(Protocol):
 
     name: its own name. precisions: those that `build` takes. suffix: of the files that it writes.
     is_live: whether its runners have `live` weights (`fewshot_rt.export.live.LiveWeights`), into
-    which adapters are merged after loading. is_fixed: whether it builds for full batches alone.
+    which adapters are merged after loading. merged: precisions in which they are merged before
+    building all the same. is_fixed: whether it builds for full batches alone.
     coders: the precision of encoder and decoder beside a denoiser's, where it is another.
     calibrated: precisions whose scales `build` finds on examples.
     """
@@ -42,6 +43,7 @@ class Engine(Protocol):
     precisions: tuple[str, ...]
     suffix: str
     is_live: bool
+    merged: tuple[str, ...]
     is_fixed: bool
     coders: Mapping[str, str]
     calibrated: tuple[str, ...]

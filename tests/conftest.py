@@ -25,8 +25,8 @@ def pytest_collection_finish() -> None:
     """Spare all tests two efforts that tell them nothing.
 
     Garbage is not looked for among the million objects that imports made; training asks for it at
-    every run. Tracing does not note where in the source a node is from, nine tenths of a graph being
-    sums of sizes: a quarter of the time of an export. `test_program.py` lets it.
+    every run. Tracing does not note where in the source a node is from: that takes a quarter of the
+    time of an export. `test_program.py` lets it.
     """
     gc.collect()
     gc.freeze()

@@ -24,6 +24,7 @@ name = "eager"
 precisions: tuple[str, ...] = ("fp32",)
 suffix = ".pt2"
 is_live = False
+merged: tuple[str, ...] = ()
 is_fixed = False
 coders: dict[str, str] = {}
 calibrated: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ name = "inductor"
 precisions: tuple[str, ...] = ("fp32", "bf16", "int8", "fp8")
 suffix = ".inductor"
 is_live = True
+merged: tuple[str, ...] = ()
 is_fixed = False
 coders = {"int8": "bf16", "fp8": "bf16"}
 calibrated: tuple[str, ...] = ()

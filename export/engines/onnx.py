@@ -17,6 +17,7 @@ name = "onnx"
 precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")
 suffix = ".onnx"
 is_live = False
+merged: tuple[str, ...] = ()
 is_fixed = False
 # Its kernels for processors know neither bf16 nor fp16.
 coders = {"int8": "fp32"}

@@ -31,6 +31,7 @@ name = "openvino"
 precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
 suffix = ".xml"
 is_live = False
+merged: tuple[str, ...] = ()
 is_fixed = False
 coders = {"int8": "bf16"}
 calibrated: tuple[str, ...] = ("int8",)
