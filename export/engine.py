@@ -22,7 +22,7 @@ ENGINES = "fewshot_rt.export.engines"
 Examples = Sequence[Mapping[str, np.ndarray]]
 # Fastest first, by the records of `bench` on a processor; on a GPU nothing has been measured yet.
 FASTEST = {
-    "cpu": ("openvino", "aoti", "onnx", "eager"),
+    "cpu": ("aoti", "openvino", "eager", "onnx"),
     "cuda": ("trt", "aoti", "onnx", "eager"),
 }
 AGAIN = "Export it again: fewshot-rt export."

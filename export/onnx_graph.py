@@ -102,6 +102,7 @@ def _tidy(model: Any, signature: Signature) -> None:
         str(known[spec.name].shape[position]): axis
         for spec in signature.inputs
         for position, axis in signature.varying(spec)
+        if not isinstance(known[spec.name].shape[position], int)  # fixed after all
     }
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         for position, size in enumerate(value.shape or ()):

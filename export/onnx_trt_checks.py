@@ -136,8 +136,17 @@ def _quantisation(model: "ModelProto", types: "Types") -> Iterator[str]:
             channels = types[node.output[0]][1][-1]
             if types[given[0]][1] != () or types[given[1]][1] != (channels,):
                 yield f"{node.name} has scales {types[given[0]][1]} and {types[given[1]][1]}"
-            if sources[sources[node.input[1]].input[0]].input[0] not in weights:
+            after = sources[node.input[1]]
+            before = sources[after.input[0]]
+            if before.input[0] not in weights:
                 yield f"{node.name} multiplies by no weight"
+            if {_axis_of(before), _axis_of(after)} != {1}:
+                yield f"{node.name} has scales along another axis than that of its channels"
+
+
+def _axis_of(node: "NodeProto") -> int:
+    """Give the axis that scales are along; ONNX's default is 1."""
+    return next((int(said.i) for said in node.attribute if said.name == "axis"), 1)
 
 
 def _scale_of(name: str, sources: "dict[str, NodeProto]") -> str | None:

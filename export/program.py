@@ -62,7 +62,8 @@ def capture(module: nn.Module, signature: Signature, *, role: str) -> Program:
 
 
 def _varies(signature: Signature, axis: str) -> bool:
-    return signature.sizes[axis][2] > 1
+    least, _, most = signature.sizes[axis]
+    return least < most
 
 
 def _dynamic_shapes(signature: Signature) -> tuple[dict[int, Any], ...]:

@@ -271,8 +271,8 @@ def test_doctor_tells_what_can_run(run):
     assert found["versions"]["torch"].startswith("2.")
     assert found["able"]["onnx"]["devices"][0] == "cpu"
     assert "int8" in found["able"]["openvino"]["precisions"]
-    assert found["fastest"] == "openvino"
-    assert "fastest on this processor: openvino" in err
+    assert found["fastest"] in found["able"]
+    assert f"fastest on this processor: {found['fastest']}" in err
 
 
 def test_pretrain_makes_a_base_and_goes_on(run, tmp_path):

@@ -170,6 +170,12 @@ def share_scale(model: ModelProto) -> None:
         of.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(of)[0], of.name))
 
 
+def turn_scales(model: ModelProto) -> None:
+    """Let the scales of a layer be along its channels in, where it has as many as out."""
+    node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.attribute)
+    node.attribute[0].i = 0
+
+
 def round_attention(model: ModelProto) -> None:
     node = next(n for n in model.graph.node if n.op_type == "Attention")
     source = next(n for n in model.graph.node if n.op_type == "DequantizeLinear")
@@ -179,6 +185,7 @@ def round_attention(model: ModelProto) -> None:
 MISTAKES: Mapping[str, Callable[[ModelProto], None]] = {
     "has one factor quantised alone": forget_tokens,
     r"has scales \(\) and \(\)": share_scale,
+    "has scales along another axis": turn_scales,
     r"\(Attention\) is quantised and no product": round_attention,
 }
 
