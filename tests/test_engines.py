@@ -180,7 +180,7 @@ def test_an_engine_without_its_package_says_what_to_do(monkeypatch: pytest.Monke
     with pytest.raises(EngineError, match=r"^engine 'onnx' cannot run here: the package") as caught:
         require_engine("onnx")
     assert str(caught.value).endswith(
-        "Install fewshot-rt[none], or choose one of: aoti, eager, inductor."
+        "Install fewshot-rt[none], or choose one of: aoti, eager, inductor, openvino."
     )
     assert "onnx" not in available_engines()
 
