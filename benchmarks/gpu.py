@@ -6,10 +6,9 @@ all bases; denoisers at full size with random weights; answers from file to file
 are kept nowhere.
 """
 
-import tempfile
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -17,21 +16,23 @@ import click
 import torch
 
 from fewshot_rt.cards import BOX, read_cards
-from fewshot_rt.errors import ConfigError, FewshotError, unknown
+from fewshot_rt.errors import ConfigError, unknown
 
-from . import gpu_answer, gpu_attention, gpu_checks, gpu_denoiser
+from . import gpu_answer, gpu_attention, gpu_checks, gpu_denoiser, gpu_launches
 from .gpu_bases import MEASURED, Subject, find_subjects
 from .gpu_compiled import COMPILERS
 from .gpu_table import show
-from .gpu_units import Outcome, Stage, Unit, attempt, run_units
-from .record import RESULTS
+from .gpu_turns import Share, Turns, run_shares
+from .gpu_units import Outcome, Stage, Unit, attempt, carry_out, run_units, words
 
 SECTIONS: dict[str, Callable[[Stage, Sequence[Subject]], list[Unit]]] = {
     "checks": lambda stage, _: gpu_checks.units(stage),
     "attention": gpu_attention.units,
     "denoiser": gpu_denoiser.units,
     "answer": gpu_answer.units,
+    "launches": gpu_launches.units,
 }
+USUAL = ("checks", "attention", "denoiser", "answer")
 MINUTES = 9.0  # less than the ten that a command often has on a GPU that is lent
 
 
@@ -59,66 +60,80 @@ def run(
 
 @click.command()
 @click.option("--rehearse", is_flag=True, help="Run on the CPU at tiny sizes; figures stay open.")
-@click.option("--only", default=",".join(SECTIONS), show_default=True, help="Sections, by commas.")
+@click.option("--only", default=",".join(USUAL), show_default=True, help="Sections, by commas.")
 @click.option("--bases", default="", help="Bases by name, by commas.  [default: the known ones]")
 @click.option("--minutes", default=MINUTES, show_default=True, help="Begin nothing after these.")
 @click.option("--engine", type=click.Choice(list(COMPILERS)), default="aoti", show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), help="[default: benchmarks/results]")
+@click.option("--at-once", is_flag=True, help="Compile side by side; it takes all memory at once.")
+@click.option("--share", default="", hidden=True)  # a process of --at-once
 def main(
-    rehearse: bool, only: str, bases: str, minutes: float, engine: str, results: Path | None
+    rehearse: bool,
+    only: str,
+    bases: str,
+    minutes: float,
+    engine: str,
+    results: Path | None,
+    at_once: bool,
+    share: str,
 ) -> None:
     """Check, then measure on a GPU. Exit status 1 if anything failed; what was skipped has not."""
+    turns = Turns(**json.loads(share)) if share else None
     stage = Stage(
         device="cpu" if rehearse else "cuda",
         is_rehearsal=rehearse,
         engine=engine,
         deadline=time.monotonic() + 60 * minutes,
+        turns=turns,
     )
-    outcomes = []
-    with ExitStack() as stack:
-        try:
-            sections = _sections(only)
-            folder = _folder(results, stack, is_rehearsal=rehearse)
-            for outcome in run(sections, stage, folder, bases=_words(bases)):
-                outcomes.append(outcome)
-                click.echo(f"{outcome.case}: {outcome.reason or 'done'}", err=True)
-        except FewshotError as error:
-            raise click.ClickException(str(error)) from error
+
+    def begin(folder: Path) -> Iterator[Outcome]:
+        sections = _sections(only)
+        _require_gpu(is_rehearsal=rehearse)
+        if not at_once:
+            yield from run(sections, stage, folder, bases=words(bases))
+            return
+        options = ["--minutes", str(minutes), "--engine", engine, "--results", str(folder)]
+        options += ["--rehearse"] if rehearse else []
+        yield from run_shares(list(_shares(sections, words(bases))), options)
+
+    outcomes = carry_out(begin, results, is_rehearsal=rehearse)
+    if turns:
+        turns.report(outcomes)
     click.echo(show(outcomes, is_rehearsal=rehearse))
     if any(outcome.has_failed for outcome in outcomes):
         raise SystemExit(1)
 
 
+def _shares(sections: Sequence[str], bases: Sequence[str]) -> Iterator[Share]:
+    """Give each section a process, and each base's denoiser: those compile the longest."""
+    for section in sections:
+        if section != "denoiser":
+            options = ["--only", section, *(["--bases", ",".join(bases)] if bases else [])]
+            yield Share(name=section, options=options, is_waited=section == "checks")
+            continue
+        for base in bases or MEASURED:
+            name = f"{section} {base.rpartition('/')[2]}"
+            options = ["--only", section, "--bases", base]
+            yield Share(name=name, options=options, is_waited=True)
+
+
 def _sections(only: str) -> list[str]:
     """Read the names of sections. Raises: ConfigError if one is not known."""
-    names = _words(only)
+    names = words(only)
     for name in names:
         if name not in SECTIONS:
             raise ConfigError(unknown("section", name, SECTIONS))
     return names
 
 
-def _folder(results: Path | None, stack: ExitStack, *, is_rehearsal: bool) -> Path:
-    """Say where records go; those of a rehearsal are let go, unless a folder is given.
-
-    Raises: ConfigError if there is no GPU to measure, or a rehearsal's would lie among the others.
-    """
-    if is_rehearsal:
-        if results is None:
-            return Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if results.resolve() == RESULTS.resolve():
-            raise ConfigError("what a rehearsal gives is no measurement. Give other --results.")
-        return results
-    if not torch.cuda.is_available():
+def _require_gpu(*, is_rehearsal: bool) -> None:
+    """Raises: ConfigError if there is no GPU to measure."""
+    if not is_rehearsal and not torch.cuda.is_available():
         raise ConfigError(
             "this measures a GPU, and PyTorch sees none here. Rehearse it on the CPU: --rehearse, "
             "or make gpu REHEARSE=1."
         )
-    return results or RESULTS
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 if __name__ == "__main__":

@@ -174,8 +174,9 @@ def time_few(scene: Scene, paper: Paper) -> Record:
         )
         for steps in paper.few
     }
-    next(iter(ways.values()))()  # the first call chooses kernels
-    summaries = time_in_turns(ways, rounds=2, device="cpu", warmup=0)
+    with scene.stage.alone():
+        next(iter(ways.values()))()  # the first call chooses kernels
+        summaries = time_in_turns(ways, rounds=2, device="cpu", warmup=0)
     fewer, more = (summary.median_ms for summary in summaries.values())
     step_ms = (more - fewer) / (paper.few[1] - paper.few[0])
     whole_ms = fewer + step_ms * (paper.steps - paper.few[0])
@@ -193,7 +194,8 @@ def time_whole(scene: Scene, paper: Paper) -> Record:
     setting = Setting(frames=paper.frames, steps=paper.steps, guidance=guidance)
     name = _official_name(paper.frames, paper.steps, guidance)
     ways = {name: partial(_answer_officially, scene, setting)}
-    summaries = time_in_turns(ways, rounds=1, device="cpu", warmup=0)
+    with scene.stage.alone():
+        summaries = time_in_turns(ways, rounds=1, device="cpu", warmup=0)
     variants = {name: summaries[name].to_dict()}
     return scene.record(WHOLE, reference=name, variants=variants)
 
@@ -225,10 +227,11 @@ def use_random_tiny(base: Any, folder: Path, stage: Stage) -> None:
 
 def _compile(denoising: Denoising, stage: Stage) -> Any:
     """Compile a denoiser. Raises: EngineError if it errs more than bf16 allows."""
-    truths = {0: denoising.exact(denoising.inputs(slice(0, 1)))}
-    runner, _ = denoising.build(Variant(engine=stage.engine))
     inputs = denoising.inputs(slice(0, 1))
-    with torch.inference_mode():
+    with stage.alone():
+        truths = {0: denoising.exact(inputs)}
+    runner, _ = denoising.build(Variant(engine=stage.engine))
+    with stage.alone(), torch.inference_mode():
         eager = judge(lambda: denoising.eager(inputs), truths)
         reason = refusal(GRAPH, judge(recorded(runner, inputs, stage), truths), eager)
     if reason:
@@ -270,15 +273,17 @@ def _length(frames: int, steps: int) -> str:
 def _time(scene: Scene, part: str, ways: Mapping[str, Way]) -> Iterator[Record]:
     """Call each way once, then time those that work in turns; the CPU waits for each answer."""
     working = {}
-    for name, way in ways.items():
-        _, reason = attempt(way)
-        if reason:
-            scene.failed[name] = reason
-        else:
-            working[name] = way
-    if not working:
-        raise EngineError(f"no way to answer works: {scene.failed}")
-    summaries = time_in_turns(working, rounds=min(ROUNDS, scene.stage.rounds), device="cpu")
+    with scene.stage.alone():
+        for name, way in ways.items():
+            _, reason = attempt(way)
+            if reason:
+                scene.failed[name] = reason
+            else:
+                working[name] = way
+        if not working:
+            raise EngineError(f"no way to answer works: {scene.failed}")
+        rounds = min(ROUNDS, scene.stage.rounds)
+        summaries = time_in_turns(working, rounds=rounds, device="cpu")
     variants = {name: summary.to_dict() for name, summary in summaries.items()}
     yield scene.record(part, reference=next(iter(working)), variants=variants)
 

@@ -4,7 +4,7 @@ Axes: B batch, N heads, L tokens of the queries, K tokens of the keys, D head wi
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -70,18 +70,42 @@ def measure(shape: Shape, bases: Sequence[str], stage: Stage) -> Iterator[Record
     bases: that have this size.
     Raises: EngineError if torch's own choice fails, by which the others are judged.
     """
+    values = draw(shape, stage.device)
+    calls, case = list_calls(values, stage), f"attention, {shape}"
+    yield time_calls(KIND, case, shape, values, calls, stage, {"bases": list(bases)})
+
+
+def draw(shape: Shape, device: str) -> Values:
+    """Draw queries, keys and values in bf16, batch 1. Shapes: [1, N, L, D], [1, N, K, D] twice."""
     torch.manual_seed(0)
-    kind, place = torch.bfloat16, stage.device
     query, key, value = (
-        torch.randn(1, length, shape.heads, shape.width, dtype=kind, device=place).transpose(1, 2)
+        torch.randn(
+            1, length, shape.heads, shape.width, dtype=torch.bfloat16, device=device
+        ).transpose(1, 2)
         for length in (shape.length, shape.key_length, shape.key_length)
     )
-    truth = _truth(query, key, value)
+    return query, key, value
+
+
+def time_calls(
+    kind: str,
+    case: str,
+    shape: Shape,
+    values: Values,
+    calls: Mapping[str, Call],
+    stage: Stage,
+    settings: Mapping[str, Any],
+) -> Record:
+    """Compare ways to attend with the truth, then time them in turns.
+
+    Raises: EngineError if torch's own choice fails, by which the others are judged.
+    """
+    truth, place = _truth(*values), stage.device
     count = min(MOST_CALLS, math.ceil(TIMED_FLOP / shape.flop)) if place == "cuda" else 1
     parity: dict[str, Parity] = {}
     failed: dict[str, str] = {}
     timed: dict[str, Callable[[], Any]] = {}
-    for name, call in _calls((query, key, value), stage).items():
+    for name, call in calls.items():
         found, reason = attempt(partial(_prepare, call, truth, parity.get(DEFAULT), count, place))
         if found is None:
             failed[name] = reason
@@ -89,16 +113,17 @@ def measure(shape: Shape, bases: Sequence[str], stage: Stage) -> Iterator[Record
             timed[name], parity[name] = found
     if DEFAULT not in timed:
         raise EngineError(f"torch's own attention failed: {failed[DEFAULT]}")
-    summaries = time_in_turns(timed, rounds=stage.rounds, device=place)
-    yield stage.record(
-        kind=KIND,
-        case=f"attention, {shape}",
+    with stage.alone():
+        summaries = time_in_turns(timed, rounds=stage.rounds, device=place)
+    return stage.record(
+        kind=kind,
+        case=case,
         images=1,
         reference=DEFAULT,
         variants={name: _speed(summary, shape, count) for name, summary in summaries.items()},
         parity={name: judged.to_dict() for name, judged in parity.items()},
         floor={"flops": shape.flop},
-        settings=vars(shape) | {"bases": list(bases), "failed": failed, "calls a timing": count},
+        settings={**vars(shape), **settings, "failed": failed, "calls a timing": count},
     )
 
 
@@ -134,7 +159,7 @@ def _shapes(subject: Subject, video: Video) -> tuple[Shape, ...]:
     return tuple(s for s in shapes if is_first or s.length == s.key_length)
 
 
-def _calls(values: Values, stage: Stage) -> dict[str, Call]:
+def list_calls(values: Values, stage: Stage) -> dict[str, Call]:
     """Give all ways to attend; a rehearsal runs those that a CPU lacks by other means."""
     torch._dynamo.reset()  # one size, one compilation of flex attention
     compiler = "eager" if stage.is_rehearsal else "inductor"

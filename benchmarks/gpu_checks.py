@@ -34,6 +34,7 @@ from .gpu_compiled import (
     open_random,
     recorded,
 )
+from .gpu_ptx import check_ptx
 from .gpu_units import Stage, Unit, require_diffusers
 from .record import Record
 
@@ -70,6 +71,7 @@ def units(stage: Stage) -> list[Unit]:
         "attention": (40, partial(check_operator, _attentions(), stage)),
         "normed attention": (60, partial(check_operator, _normed_attentions(), stage)),
         "graphs and weights": (60, partial(check_weights, stage)),
+        "attention as PTX": (30, partial(check_ptx, stage)),
     }
     return [
         Unit(

@@ -68,6 +68,7 @@ class Denoising:
     def __init__(self, base: Any, subject: Subject, stage: Stage, *, batch: int) -> None:
         self.base, self.stage, self.batch = base, stage, batch
         self._cuts: dict[tuple[bool, str], Cut] = {}
+        self._compiled: dict[str, Compiled] = {}
         height, width = subject.size
         geometry = self.base.geometry
         self.latent_shape = geometry.latent_shape(frames=subject.frames, height=height, width=width)
@@ -120,7 +121,7 @@ class Denoising:
             self._cuts[captured] = cut_regions(self.program, variant)
         regions, plan, sites = self._cuts[captured]
         with attention_order(variant):
-            compiled = compile_regions(regions, variant, self.stage)
+            compiled = compile_regions(regions, variant, self.stage, self._compiled)
         live = LiveWeights(self._unread, ())
         for weight in plan.weights():
             source = self.tensors[weight.name]
@@ -145,12 +146,39 @@ def cut_regions(program: Program, variant: Variant) -> Cut:
 
 
 def compile_regions(
-    regions: Mapping[str, ExportedProgram], variant: Variant, stage: Stage
+    regions: Mapping[str, ExportedProgram],
+    variant: Variant,
+    stage: Stage,
+    compiled: dict[str, Compiled] | None = None,
 ) -> dict[str, Compiled]:
-    """Compile regions; a rehearsal runs them as they are, since compiling takes minutes."""
+    """Compile regions; a rehearsal runs them as they are, since compiling takes minutes.
+
+    compiled: what other variants have, to which this one's are added; what surrounds the blocks is
+    often the same.
+    """
     compiler = run_directly if stage.is_rehearsal else COMPILERS[variant.engine]
+    known = {} if compiled is None else compiled
+    keys = {name: _describe(region, variant) for name, region in regions.items()}
     with quiet():
-        return {name: compiler(region) for name, region in regions.items()}
+        for name, region in regions.items():
+            if keys[name] not in known:
+                known[keys[name]] = compiler(region)
+    return {name: known[key] for name, key in keys.items()}
+
+
+def _describe(region: ExportedProgram, variant: Variant) -> str:
+    """Give all that the code of a region follows from; its weights come from outside."""
+    assert not region.state_dict
+    assert not region.constants
+    code = region.graph_module.code
+    given = [node.meta.get("val") for node in region.graph.nodes if node.op == "placeholder"]
+    shapes = [
+        f"{value.dtype} {value.shape} {value.stride()}" if isinstance(value, Tensor) else str(value)
+        for value in given
+    ]
+    # Which of torch's kernels comes first only matters where it attends.
+    attention = variant.attention if "scaled_dot_product" in code else ""
+    return "\n".join([variant.engine, attention, code, *shapes])
 
 
 def compile_with_aoti(region: ExportedProgram) -> Compiled:

@@ -29,6 +29,7 @@ BATCHES = (1, 4)
 # Of one base: until its graph is captured and eager timed; and to compile one variant more.
 BASE_SECONDS, VARIANT_SECONDS = 90.0, 60.0
 TOO_LATE = f"less than {VARIANT_SECONDS:.0f} s were left to compile it"
+TIMING_SECONDS = 60.0  # of all variants of one base
 ROUNDS = 5  # of each variant; one takes up to a second
 CHOICE_ROUNDS = 3
 
@@ -62,11 +63,18 @@ def measure(subject: Subject, stage: Stage) -> Iterator[Record]:
     """
     most = max(BATCHES)
     denoising = Denoising(open_random(subject, stage), subject, stage, batch=most)
-    truths = {row: denoising.exact(denoising.inputs(slice(row, row + 1))) for row in (0, most - 1)}
+    with stage.alone():
+        truths = {
+            row: denoising.exact(denoising.inputs(slice(row, row + 1))) for row in (0, most - 1)
+        }
     progress = Progress()
     build_all(denoising, progress, truths)
+    free_memory(stage)
+    stage.wait_for_others(TIMING_SECONDS)
     for batch in BATCHES:
-        yield _time(subject, denoising, progress, truths, batch=batch)
+        with stage.alone():
+            record = _time(subject, denoising, progress, truths, batch=batch)
+        yield record
 
 
 def build_all(denoising: Denoising, progress: Progress, truths: Mapping[int, Tensor]) -> None:
@@ -77,7 +85,8 @@ def build_all(denoising: Denoising, progress: Progress, truths: Mapping[int, Ten
     engine = denoising.stage.engine
     build(denoising, progress, engine, Variant(engine=engine))
     build(denoising, progress, f"{engine} {SWAP}", Variant(engine=engine, attention="ours"))
-    progress.attention = choose(denoising, progress, truths)
+    with denoising.stage.alone():
+        progress.attention = choose(denoising, progress, truths)
     chosen = Variant(engine=engine, attention=progress.attention, precision="fp8")
     build(denoising, progress, FP8, chosen)
     for other in COMPILERS:

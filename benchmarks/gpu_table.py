@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from . import gpu_answer, gpu_attention, gpu_checks, gpu_denoiser
+from . import gpu_answer, gpu_attention, gpu_checks, gpu_denoiser, gpu_launches
 from .gpu_units import Outcome
 from .markdown import table
 from .record import Record
 
 PEAK_SHARE, FP8_GAIN, ANSWER_GAIN = 0.65, 1.3, 300.0
 AIM_BATCH, AIM_WIDTH = 4, 64
+FASTEST = 8  # launches that are shown
 REHEARSED = "A rehearsal at tiny sizes on the CPU: no figure below is a measurement."
 Row = Sequence[str]
 Aim = tuple[str, str, str, bool]  # what is aimed at, of what, what was found, whether it is met
@@ -21,6 +22,11 @@ def show(outcomes: Sequence[Outcome], *, is_rehearsal: bool) -> str:
     parts = [
         _table("checks", ("check", "figures"), _checks(_of(records, gpu_checks.KIND))),
         _attentions(_of(records, gpu_attention.KIND)),
+        _table(
+            "launches of our attention",
+            ("size", "launch", "ms (p10 to p90)", "TFLOP/s"),
+            _launches(_of(records, gpu_launches.KIND)),
+        ),
         _table(
             "denoisers",
             ("base", "batch", "way", "ms (p10 to p90)", "TFLOP/s", "of bf16 peak", "error"),
@@ -68,6 +74,22 @@ def _attentions(records: Sequence[Record]) -> str:
         for record in records
     ]
     return _table("attention, TFLOP/s", ("size", *names), rows)
+
+
+def _launches(records: Sequence[Record]) -> list[Row]:
+    """List the fastest ways of each size."""
+    return [
+        (
+            record.case.removeprefix("launches, "),
+            name,
+            _times(times),
+            f"{times['tflops']:.3g}",
+        )
+        for record in records
+        for name, times in sorted(
+            record.variants.items(), key=lambda variant: variant[1]["median_ms"]
+        )[:FASTEST]
+    ]
 
 
 def _denoisers(records: Sequence[Record]) -> list[Row]:

@@ -11,7 +11,6 @@ compiled for all architectures.
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 
 from fewshot_rt.bases import open_base
 from fewshot_rt.cards import BOX, find_card
-from fewshot_rt.errors import ConfigError, EngineError, FewshotError
+from fewshot_rt.errors import ConfigError, EngineError
 from fewshot_rt.export import trt_runtime
 from fewshot_rt.export.engine import missing_package
 from fewshot_rt.export.engines import trt
@@ -45,9 +44,9 @@ from .gpu_trt_ways import (
     rehearse,
     time_all,
 )
-from .gpu_units import Outcome, Stage, Unit, run_units
+from .gpu_units import Outcome, Stage, Unit, carry_out, run_units, words
 from .markdown import table
-from .record import RESULTS, Record
+from .record import Record
 
 KIND = "gpu-trt"
 MINUTES = 60.0
@@ -160,32 +159,23 @@ def main(is_rehearsal: bool, bases: str, minutes: float, results: Path | None) -
         engine="trt",
         deadline=time.monotonic() + 60 * minutes,
     )
-    outcomes = []
-    with ExitStack() as stack:
-        try:
-            require_place(results, is_rehearsal=is_rehearsal)
-            kept = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            folder = results or (kept if is_rehearsal else RESULTS)
-            names = [name.strip() for name in bases.split(",")]
-            for outcome in run_units(units(stage, names), stage, folder):
-                outcomes.append(outcome)
-                click.echo(f"{outcome.case}: {outcome.reason or 'done'}", err=True)
-        except FewshotError as error:
-            raise click.ClickException(str(error)) from error
+
+    def begin(folder: Path) -> Iterator[Outcome]:
+        require_place(is_rehearsal=is_rehearsal)
+        yield from run_units(units(stage, words(bases)), stage, folder)
+
+    outcomes = carry_out(begin, results, is_rehearsal=is_rehearsal)
     click.echo(show(outcomes, is_rehearsal=is_rehearsal))
     if any(outcome.has_failed for outcome in outcomes):
         raise SystemExit(1)
 
 
-def require_place(results: Path | None, *, is_rehearsal: bool) -> None:
+def require_place(*, is_rehearsal: bool) -> None:
     """Require what a measurement takes.
 
-    Raises: ConfigError if there is no GPU, or a rehearsal's records would lie among the others;
-    EngineError if TensorRT is not there.
+    Raises: ConfigError if there is no GPU; EngineError if TensorRT is not there.
     """
     if is_rehearsal:
-        if results is not None and results.resolve() == RESULTS.resolve():
-            raise ConfigError("what a rehearsal gives is no measurement. Give other --results.")
         return
     rehearsal = "Rehearse what needs neither: --rehearse, or make gpu-trt REHEARSE=1."
     if not torch.cuda.is_available():

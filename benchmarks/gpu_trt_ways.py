@@ -20,8 +20,7 @@ from fewshot_rt.export.trt_choice import Measured, can_be_ours
 from fewshot_rt.export.trt_declare import declare
 from fewshot_rt.kernels.declaration import HAS_TRITON
 from fewshot_rt.predictor import Runner
-from fewshot_rt.roles import BATCH, Role, make_roles, make_signatures, run_eagerly
-from fewshot_rt.spec import Signature
+from fewshot_rt.roles import Role, make_roles, make_signatures, run_eagerly
 
 from .gpu_bases import Subject
 from .gpu_clock import time_in_turns
@@ -78,12 +77,7 @@ class Frozen:
         height, width = subject.size
         shape = base.geometry.latent_shape(frames=subject.frames, height=height, width=width)
         prompt = {"prompt": torch.zeros(1, *subject.card.prompt, device=device)}
-        signatures = {
-            name: Signature(inputs=of.inputs, outputs=of.outputs, sizes={BATCH: (1, 1, 1)})
-            for name, of in make_signatures(
-                base, prompt, latents=shape, size=subject.size, batch=1
-            ).items()
-        }
+        signatures = make_signatures(base, prompt, latents=shape, size=subject.size, batch=1)
         self.signature, self.device = signatures[ROLE], device
         self.role: Role = make_roles(base, signatures)[ROLE]
         self.program: Program = capture(self.role, self.signature, role=ROLE)

@@ -8,20 +8,25 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import torch
 
-from fewshot_rt.errors import EngineError
+from fewshot_rt.errors import ConfigError, EngineError, FewshotError
 
 from .gpu_bases import Subject
-from .record import Record, append_record
+from .record import RESULTS, Record, append_record
+
+if TYPE_CHECKING:
+    from .gpu_turns import Turns
 
 T = TypeVar("T")
 LONGEST_REASON = 500  # letters of an error's text that a record keeps
@@ -34,12 +39,14 @@ class Stage:
 
     device: "cuda", or "cpu" in a rehearsal, whose figures say nothing. engine: what compiles the
     variants that build on each other. deadline: when to begin nothing more, by `time.monotonic`.
+    turns: with what other processes the GPU is shared, if it is.
     """
 
     device: str
     is_rehearsal: bool
     engine: str
     deadline: float
+    turns: "Turns | None" = None
 
     @property
     def rounds(self) -> int:
@@ -49,6 +56,15 @@ class Stage:
     def has(self, seconds: float) -> bool:
         """Say whether so much time is left."""
         return self.deadline - time.monotonic() >= seconds
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other processes of `make gpu` from the GPU for a while."""
+        return self.turns.alone() if self.turns else nullcontext()
+
+    def wait_for_others(self, seconds: float) -> None:
+        """Wait for other processes to have compiled, as long as so much time is left after it."""
+        if self.turns:
+            self.turns.wait_for_others(self.deadline - seconds)
 
     def record(self, *, settings: Mapping[str, Any], **fields: Any) -> Record:
         """Make a record that also says what else decides its figures."""
@@ -105,6 +121,33 @@ def run_units(units: Sequence[Unit], stage: Stage, results: Path) -> Iterator[Ou
             append_record(_failure(unit, stage, reason), results)
             yield Outcome(case=unit.case, record=None, reason=reason, has_failed=True)
         free_memory(stage)
+
+
+def carry_out(
+    begin: Callable[[Path], Iterator[Outcome]], results: Path | None, *, is_rehearsal: bool
+) -> list[Outcome]:
+    """Begin measurements, which write their records into a folder, and say what came of each.
+
+    results: that folder. None is the one of all records; those of a rehearsal are let go.
+    Raises: ClickException if something cannot be begun, or a rehearsal's records would lie among
+    the others.
+    """
+    outcomes = []
+    with TemporaryDirectory() as kept:
+        try:
+            if is_rehearsal and results is not None and results.resolve() == RESULTS.resolve():
+                raise ConfigError("what a rehearsal gives is no measurement. Give other --results.")
+            for outcome in begin(results or (Path(kept) if is_rehearsal else RESULTS)):
+                outcomes.append(outcome)
+                click.echo(f"{outcome.case}: {outcome.reason or 'done'}", err=True)
+        except FewshotError as error:
+            raise click.ClickException(str(error)) from error
+    return outcomes
+
+
+def words(text: str) -> list[str]:
+    """Read a list, by commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, str]:

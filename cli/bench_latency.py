@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fewshot_rt.errors import ConfigError, DataError
-from fewshot_rt.runs import MANIFEST_FILE
 
 from .models import find_run
 from .options import FOLDER, json_option, runs_option, write_result
@@ -59,7 +58,7 @@ def _measure(place: Path, *, batch: int, rounds: int) -> Any:
     from fewshot_rt.benchmarks.plain import plain_loop
     from fewshot_rt.benchmarks.run import bench_predict
     from fewshot_rt.export.bundle import open_bundle, read_manifest
-    from fewshot_rt.runs import base_predictor, open_merged
+    from fewshot_rt.runs import base_predictor, bundles_of, open_merged
 
     merged, _, values = open_merged(place)
     if batch > values["recipe"].batch:
@@ -72,10 +71,9 @@ def _measure(place: Path, *, batch: int, rounds: int) -> Any:
     plain = plain_loop(attached, prompt=prompt, recipe=recipe, decode=attached.decode)
     variants = {"plain": plain, "eager": eager.answer}
     precisions = {}
-    for manifest in sorted(place.glob(f"bundles/*/{MANIFEST_FILE}")):
-        name = manifest.parent.name
-        variants[name] = open_bundle(manifest.parent).with_recipe(batch=batch).answer
-        precisions[name] = read_manifest(manifest.parent)["precision"]
+    for bundle in bundles_of(place):
+        variants[bundle.name] = open_bundle(bundle).with_recipe(batch=batch).answer
+        precisions[bundle.name] = read_manifest(bundle)["precision"]
     return bench_predict(
         variants,
         _images(values["task"], recipe.size, batch),

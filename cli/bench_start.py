@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from fewshot_rt.errors import ModelError
-from fewshot_rt.runs import MANIFEST_FILE, read_run
+from fewshot_rt.runs import bundles_of, read_run
 
 from .models import find_run
 from .options import FOLDER, json_option, runs_option, write_result
@@ -31,7 +31,7 @@ def command(run: Path | None, rounds: int, results: Path | None, runs: Path, as_
     from fewshot_rt.task import Task
 
     place = find_run(run, runs)
-    bundles = {p.parent.name: p.parent for p in sorted(place.glob(f"bundles/*/{MANIFEST_FILE}"))}
+    bundles = {bundle.name: bundle for bundle in bundles_of(place)}
     if not bundles:
         raise ModelError(f"the run {place} has no bundles. Make one: fewshot-rt export.")
     image = Task.from_dict(read_run(place)["task"]).pairs[0].source

@@ -26,7 +26,7 @@ from fewshot_rt.spec import Signature
 
 from .choice import Measured
 from .cuda_graphs import Recorded, Run
-from .engine import AGAIN, make_runner, require_device
+from .engine import AGAIN, make_runner, require_device, require_same
 from .lifted import Lifted, Weight, lift
 from .live import LiveWeights, compact
 from .lower import lower
@@ -204,7 +204,7 @@ def open_weights(path: Path, *, device: str) -> tuple[LiveWeights, Plan]:
         plan, facts = Plan.from_dict(json.loads(metadata["plan"])), json.loads(metadata["facts"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{place} is damaged ({error}). {AGAIN}") from error
-    require_facts(facts, device=device)
+    require_same(facts, facts_of(device), made="bundle was compiled")
     return LiveWeights(file.get_tensor, plan.weights(), device=device), plan
 
 
@@ -234,20 +234,6 @@ def facts_of(device: str) -> dict[str, str]:
     if facts["device"] == "cuda":
         return facts | {"gpu": ".".join(map(str, torch.cuda.get_device_capability(device)))}
     return facts | {"cpu": torch.backends.cpu.get_cpu_capability()}
-
-
-def require_facts(facts: Mapping[str, str], *, device: str) -> None:
-    """Require that code was compiled for what is here.
-
-    Raises: EngineError that says what differs.
-    """
-    here = facts_of(device)
-    for name, made_for in facts.items():
-        if here.get(name) != made_for:
-            raise EngineError(
-                f"this bundle was compiled for {name} {made_for}, and here it is "
-                f"{here.get(name)}. {AGAIN}"
-            )
 
 
 def require_precision(precision: str, device: str) -> None:

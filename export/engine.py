@@ -171,6 +171,18 @@ def require_device(engine: str, device: str, threads: int | None) -> None:
         raise EngineError(f"device {device!r} is not there: PyTorch sees no GPU. Use device 'cpu'.")
 
 
+def require_same(facts: Mapping[str, str], here: Mapping[str, str], *, made: str) -> None:
+    """Require that what a file was made for is here. made: its subject and verb, for the message.
+
+    Raises: EngineError that says what differs.
+    """
+    for name, made_for in facts.items():
+        if here.get(name) != made_for:
+            raise EngineError(
+                f"this {made} for {name} {made_for}, and here it is {here.get(name)}. {AGAIN}"
+            )
+
+
 def make_runner(
     signature: Signature, run: Callable[[list[np.ndarray]], Sequence[np.ndarray]]
 ) -> Runner:

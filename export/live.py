@@ -63,7 +63,7 @@ class LiveWeights:
         for name in self._changed | set(updates):
             source = self._pristine[name]
             if name in updates:
-                source = _add(source, updates[name])
+                source = merged(source, updates[name])
             for weight in self._forms[name]:
                 self.tensors[weight].copy_(derive(source, weight.form))
         self._changed = set(updates)
@@ -85,7 +85,8 @@ def _own(tensor: Tensor, source: Tensor) -> Tensor:
     return tensor.clone() if is_shared else tensor
 
 
-def _add(source: Tensor, update: Update) -> Tensor:
+def merged(source: Tensor, update: Update) -> Tensor:
+    """Give a weight with an update, in fp32 and where the weight is. Shapes: [N, K, ...]."""
     down, up = (part.to(source.device, torch.float32) for part in (update.down, update.up))
     product = up.flatten(1) @ down.flatten(1)
     return source.float() + product.view(source.shape) * update.scale

@@ -11,7 +11,7 @@ import numpy as np
 
 from fewshot_rt.base import Base
 from fewshot_rt.predictor import Floats, Predictor, Recipe, Runner
-from fewshot_rt.roles import BATCH, Role, make_roles, make_signatures, run_eagerly
+from fewshot_rt.roles import Role, make_roles, make_signatures, run_eagerly
 from fewshot_rt.spec import ROLES, Signature
 
 from .engine import Engine
@@ -70,10 +70,13 @@ def cut_model(
     # Else the batch axis varies even where a predictor always fills batches of one.
     batch = recipe.batch if engine.is_fixed else max(2, recipe.batch)
     signatures = make_signatures(
-        base, prompt, latents=recipe.latent_shape, size=recipe.size, batch=batch
+        base,
+        prompt,
+        latents=recipe.latent_shape,
+        size=recipe.size,
+        batch=batch,
+        least=batch if engine.is_fixed else 1,
     )
-    if engine.is_fixed:
-        signatures = {role: _fix(signature, batch) for role, signature in signatures.items()}
     roles = make_roles(base, signatures)
     runners = {n: run_eagerly(roles[n], signatures[n], device=base.device) for n in ROLES}
     precisions = {role: _precision_of(role, base, precision, engine) for role in ROLES} | {
@@ -88,13 +91,6 @@ def cut_model(
         prompt={name: value.detach().cpu().numpy() for name, value in prompt.items()},
         recipe=recipe,
         device=str(base.device),
-    )
-
-
-def _fix(signature: Signature, batch: int) -> Signature:
-    """Admit full batches alone."""
-    return Signature(
-        inputs=signature.inputs, outputs=signature.outputs, sizes={BATCH: (batch, batch, batch)}
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from fewshot_rt.errors import EngineError
 
 from .engine import Examples, missing_package
+from .onnx_graph import is_large
 
 INSTALL = "nvidia-modelopt[onnx]; only export in int8 and fp8 needs it"
 
@@ -48,7 +49,7 @@ def calibrate(
         calibration_method="max",
         calibration_eps=["cpu"] if device == "cpu" else ["cuda:0", "cpu"],
         nodes_to_quantize=list(layers),
-        use_external_data_format=model.with_name(model.name + ".data").exists(),
+        use_external_data_format=is_large(model),
         output_path=str(rounded),
         high_precision_dtype="fp32",
         log_level="ERROR",

@@ -4,7 +4,6 @@ Scales are found on examples once. Of NNCF's corrections, the one that moves ran
 weights makes the error smaller (SmoothQuant), and the one of biases adds to it, so it is left out.
 """
 
-import re
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -13,8 +12,8 @@ from fewshot_rt.errors import EngineError
 
 from .engine import Examples, missing_package
 from .engines.openvino import without_telemetry
+from .onnx_graph import BLOCK
 
-BLOCK = re.compile(r"\.\d+\.")  # in the name of a layer, as `onnx_graph` gives it
 WITHOUT_ARITHMETIC = ("Constant", "Parameter", "Result")
 
 

@@ -1,6 +1,7 @@
 """A program as an ONNX graph: the one that ONNX Runtime, TensorRT and OpenVINO are given."""
 
 import logging
+import re
 import warnings
 from ast import literal_eval
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ OPSET = 23
 # A protobuf holds at most 2 GiB, graph included; larger weights go to a file beside it.
 LARGEST_INLINE_BYTES = 1_900_000_000
 DATA_SUFFIX = ".data"
+BLOCK = re.compile(r"\.\d+\.")  # in the name of a layer that is in one of a list of blocks
 # The modules around a node, outermost first, then its own name; written by torch.onnx.
 SCOPES = "pkg.torch.onnx.name_scopes"
 PRODUCTS = ("MatMul", "Gemm", "Conv")
@@ -63,6 +65,11 @@ def write_onnx(program: "Program", path: Path) -> None:
     exported.model.metadata_props.update({"fewshot-rt": __version__, "role": program.role})
     exported.save(path, external_data=program.size_bytes > LARGEST_INLINE_BYTES)
     onnx.checker.check_model(str(path))
+
+
+def is_large(path: Path) -> bool:
+    """Say whether the weights of an ONNX file lie in a file beside it."""
+    return path.with_name(path.name + DATA_SUFFIX).exists()
 
 
 def annotate(

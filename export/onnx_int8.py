@@ -7,7 +7,6 @@ around each product; the rest stays in fp32.
 """
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from .engine import Examples
-from .onnx_graph import DATA_SUFFIX
-
-BLOCK = re.compile(r"\.\d+\.")  # in the name of a layer
+from .onnx_graph import BLOCK, is_large
 
 
 def quantise(path: Path, examples: Examples) -> None:
@@ -43,7 +40,6 @@ def quantise(path: Path, examples: Examples) -> None:
     layers = [n.name for n in graph.node if n.op_type == "MatMul" and BLOCK.search(n.name)]
     if not layers:
         return
-    is_large = path.with_name(path.name + DATA_SUFFIX).exists()
     # In a folder of its own: files of external data are known by their names.
     with TemporaryDirectory(dir=path.parent) as folder, _quiet():
         quantize_static(
@@ -57,7 +53,7 @@ def quantise(path: Path, examples: Examples) -> None:
             op_types_to_quantize=["MatMul"],
             nodes_to_quantize=layers,
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
-            use_external_data_format=is_large,
+            use_external_data_format=is_large(path),
         )
         for file in Path(folder).iterdir():
             file.replace(path.with_name(file.name))

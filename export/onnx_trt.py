@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fewshot_rt.spec import Signature
-
 from .onnx_edit import EXCHANGE, Edit, infer, types_of
-from .onnx_graph import DATA_SUFFIX, OPSET, PRODUCTS
+from .onnx_graph import OPSET, PRODUCTS, is_large
 from .trt_plugin import NAMESPACE, PLUGINS
 from .trt_refit import Slot
 
@@ -62,7 +60,7 @@ def read_model(path: Path) -> "ModelProto":
     """Read a graph; large weights stay in the file beside it."""
     import onnx
 
-    return onnx.load(path, load_external_data=not _is_large(path))
+    return onnx.load(path, load_external_data=not is_large(path))
 
 
 def write_model(model: "ModelProto", path: Path) -> None:
@@ -70,24 +68,6 @@ def write_model(model: "ModelProto", path: Path) -> None:
     import onnx
 
     onnx.save(model, path)
-
-
-def _is_large(path: Path) -> bool:
-    return path.with_name(path.name + DATA_SUFFIX).exists()
-
-
-def fix_sizes(model: "ModelProto", signature: Signature) -> None:
-    """Give every tensor the sizes it has where axes that do not vary are numbers, in place.
-
-    Axes that vary keep their names.
-    """
-    graph = model.graph
-    fixed = {axis: usual for axis, (least, usual, most) in signature.sizes.items() if least == most}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        for size in value.type.tensor_type.shape.dim:
-            if size.dim_param in fixed:
-                size.dim_value = fixed[size.dim_param]
-    infer(model)
 
 
 def find_slots(model: "ModelProto", weights: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:

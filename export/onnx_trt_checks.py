@@ -125,7 +125,7 @@ def _quantisation(model: "ModelProto", types: "Types") -> Iterator[str]:
     sources = {name: node for node in model.graph.node for name in node.output}
     weights = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
-        given = [_scale_of(name, sources) for name in node.input]
+        given = [scale_of(name, sources) for name in node.input]
         if node.op_type not in PRODUCTS:
             if any(given) and node.op_type != "DequantizeLinear":
                 yield f"{node.name} ({node.op_type}) is quantised and no product"
@@ -149,7 +149,7 @@ def _axis_of(node: "NodeProto") -> int:
     return next((int(said.i) for said in node.attribute if said.name == "axis"), 1)
 
 
-def _scale_of(name: str, sources: "dict[str, NodeProto]") -> str | None:
+def scale_of(name: str, sources: "dict[str, NodeProto]") -> str | None:
     """Give the scale that a tensor was rounded with; None if it was not."""
     node = sources.get(name)
     return node.input[1] if node is not None and node.op_type == "DequantizeLinear" else None

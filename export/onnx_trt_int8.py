@@ -15,8 +15,8 @@ import numpy as np
 
 from .forms import FP8_MOST, INT8_MOST
 from .onnx_edit import Edit, infer, types_of
-from .onnx_int8 import BLOCK
-from .onnx_trt_checks import FLOAT8, INT8
+from .onnx_graph import BLOCK
+from .onnx_trt_checks import FLOAT8, INT8, scale_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
@@ -50,16 +50,14 @@ def read_greatest(path: Path) -> dict[str, float]:
     sources = {name: node for node in graph.node for name in node.output}
     held = {tensor.name: tensor for tensor in graph.initializer}
 
-    def rounded(name: str) -> str | None:
-        node = sources.get(name)
-        return node.input[1] if node is not None and node.op_type == "DequantizeLinear" else None
-
     greatest = {}
     for node in graph.node:
-        if node.op_type == "MatMul" and rounded(node.input[0]) and rounded(node.input[1]):
+        if node.op_type != "MatMul":
+            continue
+        tokens, weights = (scale_of(name, sources) for name in node.input)
+        if tokens and weights:
             weight = sources[sources[node.input[1]].input[0]].input[0]
-            scale = float(numpy_helper.to_array(held[rounded(node.input[0])]))
-            greatest[weight] = scale * INT8_MOST
+            greatest[weight] = float(numpy_helper.to_array(held[tokens])) * INT8_MOST
     return greatest
 
 

@@ -10,12 +10,12 @@ from fewshot_rt.errors import EngineError
 from .bound import lowered
 from .engine import Examples, require_examples
 from .modelopt import calibrate
+from .onnx_edit import infer
 from .onnx_graph import write_onnx
 from .onnx_trt import (
     NORMS_SINCE,
     find_sites,
     find_slots,
-    fix_sizes,
     read_model,
     scale_attention,
     spell_out_norms,
@@ -60,7 +60,7 @@ def declare(
     half, path = HALVES.get(precision, precision), folder / "model.onnx"
     write_onnx(lowered(program, half), path)
     model = read_model(path)
-    fix_sizes(model, program.signature)
+    infer(model)
     slots = find_slots(model, product_weights(program))
     scale_attention(model)
     if precision in FORMS:
@@ -84,7 +84,7 @@ def _calibrate(
     path = folder / "exact.onnx"
     write_onnx(program, path)
     model = read_model(path)
-    fix_sizes(model, program.signature)
+    infer(model)
     write_model(model, path)
     layers = layers_to_round(model, form)
     if not layers:

@@ -22,7 +22,7 @@ from fewshot_rt.errors import EngineError, ModelError
 from fewshot_rt.files import whole
 
 from .engine import AGAIN
-from .live import Update
+from .live import Update, merged
 from .parity import compare, require
 
 if TYPE_CHECKING:
@@ -145,9 +145,7 @@ class RefitWeights:
     def _weight(self, name: str, updates: Mapping[str, Update]) -> Tensor:
         weight = self._read(name).float()
         if name in updates:
-            down, up, scale = updates[name]
-            product = up.cpu().float().flatten(1) @ down.cpu().float().flatten(1)
-            weight = weight + product.view(weight.shape) * scale
+            weight = merged(weight, updates[name])
         return self._slots[name].fill(weight)
 
     def _check(self, key: str) -> None:

@@ -18,7 +18,7 @@ from fewshot_rt.errors import EngineError, ModelError
 from fewshot_rt.spec import Signature
 
 from .cuda_graphs import Recorded
-from .engine import AGAIN, make_runner
+from .engine import AGAIN, make_runner, require_same
 from .trt_network import make_log, version_here
 from .trt_refit import Fill, RefitWeights
 
@@ -45,13 +45,7 @@ def require_facts(facts: Mapping[str, str], *, device: str) -> None:
 
     Raises: EngineError that says what differs, and what to do.
     """
-    here = facts_here(device)
-    for name, built_for in facts.items():
-        if here.get(name) != built_for:
-            raise EngineError(
-                f"this engine was built for {name} {built_for}, and here it is {here.get(name)}. "
-                f"{AGAIN}"
-            )
+    require_same(facts, facts_here(device), made="engine was built")
 
 
 def open_engine(path: Path, *, device: str) -> "trt.ICudaEngine":

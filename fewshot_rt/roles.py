@@ -69,8 +69,9 @@ def make_signatures(
     latents: tuple[int, int, int, int],
     size: tuple[int, int],
     batch: int,
+    least: int = 1,
 ) -> dict[str, Signature]:
-    """Describe the tensors of each role for one video shape and batches from 1 to `batch`.
+    """Describe the tensors of each role for one video shape and batches from `least` to `batch`.
 
     latents: (C, F, h, w), as `Geometry.latent_shape` gives it. size: (H, W).
     """
@@ -80,7 +81,7 @@ def make_signatures(
     batched = [_spec(name, conditions[name], BATCH) for name in sorted(conditions)]
     fixed = [_spec(name, prompt[name], 1) for name in sorted(prompt)]
     pixels = TensorSpec("image", "float32", (BATCH, 3, height, width))
-    sizes = {BATCH: (1, min(2, batch), batch)}
+    sizes = {BATCH: (least, max(least, min(2, batch)), batch)}
 
     def video(name: str) -> TensorSpec:
         return TensorSpec(name, "float32", (BATCH, *latents))

@@ -282,12 +282,16 @@ def newest_run(runs: Path) -> Path:
 
 def newest_model(run: Path) -> Path:
     """Give the bundle of a run that was written last, or the run itself if it has none newer."""
-    manifests = [
-        p for p in run.glob(f"bundles/*/{MANIFEST_FILE}") if not p.parent.name.startswith(".")
-    ]
+    manifests = [bundle / MANIFEST_FILE for bundle in bundles_of(run)]
     trained = run / "adapter" / "adapter_model.safetensors"
     newer = [p for p in manifests if not trained.exists() or _age(p) >= _age(trained)]
     return max(newer, key=_age).parent if newer else run
+
+
+def bundles_of(run: Path) -> list[Path]:
+    """List the bundles of a run by name, without those that are being written."""
+    folders = (manifest.parent for manifest in run.glob(f"bundles/*/{MANIFEST_FILE}"))
+    return sorted(folder for folder in folders if not folder.name.startswith("."))
 
 
 def _age(path: Path) -> int:

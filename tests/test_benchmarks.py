@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny.bundles import eager_predictor
 
 from fewshot_rt.benchmarks import floor as floor_module
 from fewshot_rt.benchmarks.floor import Floor, count_bytes, count_flops, find_floor
@@ -24,8 +25,7 @@ from fewshot_rt.benchmarks.timing import interleave, summarise
 from fewshot_rt.codecs import Codec
 from fewshot_rt.errors import ConfigError, DataError, EngineError
 from fewshot_rt.export.parity import compare, require
-from fewshot_rt.predictor import Predictor, Recipe
-from fewshot_rt.roles import eager_runners, make_signatures
+from fewshot_rt.predictor import Recipe
 from fewshot_rt.schedule import Schedule
 
 RECIPE = Recipe(
@@ -40,16 +40,6 @@ RECIPE = Recipe(
     batch=2,
 )
 FLOOR = Floor(flops=4_000_000, weight_bytes=1_000_000, flops_per_second=2e9, bytes_per_second=1e10)
-
-
-def eager_predictor(base: Any, recipe: Recipe) -> Predictor:
-    prompt = base.embed("mask")
-    signatures = make_signatures(
-        base, prompt, latents=recipe.latent_shape, size=recipe.size, batch=recipe.batch
-    )
-    fixed = {name: value.numpy() for name, value in prompt.items()}
-    runners = eager_runners(base, signatures)
-    return Predictor(runners, prompt=fixed, recipe=recipe, origin="eager")
 
 
 def images(count: int = 2) -> np.ndarray:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import cogvideox, ltx, wan
+from tiny.bundles import freeze
+from tiny.families import FAMILIES
 
 from fewshot_rt.bases import open_base
 from fewshot_rt.errors import EngineError, ModelError
@@ -24,20 +25,10 @@ from fewshot_rt.export import compiled
 from fewshot_rt.export.engine import get_engine
 from fewshot_rt.export.engines import aoti
 from fewshot_rt.export.parity import compare, require
-from fewshot_rt.export.program import Program, capture
+from fewshot_rt.export.program import Program
 from fewshot_rt.predictor import Runner
-from fewshot_rt.roles import make_roles, make_signatures, run_eagerly
 
 BATCH = 3
-
-
-def freeze(base: Any, role: str, size: tuple[int, int], frames: int) -> tuple[Program, Runner]:
-    prompt = base.embed("mask")
-    latents = base.geometry.latent_shape(frames=frames, height=size[0], width=size[1])
-    signatures = make_signatures(base, prompt, latents=latents, size=size, batch=BATCH)
-    module, signature = make_roles(base, signatures)[role], signatures[role]
-    eager = run_eagerly(module, signature, device=base.device)
-    return capture(module, signature, role=role), eager
 
 
 def check(program: Program, eager: Runner, runner: Runner, precision: str) -> None:
@@ -48,7 +39,7 @@ def check(program: Program, eager: Runner, runner: Runner, precision: str) -> No
 
 @pytest.fixture(scope="module")
 def decoder(make_tiny_base: Callable[..., Any]) -> tuple[Program, Runner]:
-    return freeze(make_tiny_base(), "decoder", (32, 32), 5)
+    return freeze(make_tiny_base(), "decoder", size=(32, 32), frames=5)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +53,6 @@ def test_a_package_answers_at_every_batch(
     decoder: tuple[Program, Runner], decoder_file: Path
 ) -> None:
     check(*decoder, aoti.load(decoder_file, decoder[0].signature), "fp32")
-
-
-FAMILIES = {
-    "cogvideox": (lambda f, text: cogvideox.write(f, "1.5", text()), (64, 96), 9),
-    "ltx": (lambda f, text: ltx.write(f, "0.9.5", text()), (64, 64), 9),
-    "wan 2.1": (lambda f, text: wan.write(f, "2.1", text(is_multilingual=True)), (64, 64), 5),
-    "wan 2.2": (lambda f, text: wan.write(f, "2.2-A14B", text(is_multilingual=True)), (64, 64), 5),
-}
 
 
 @pytest.mark.parametrize(("engine", "ours"), [("inductor", False), ("aoti", True)])
@@ -88,7 +71,7 @@ def test_every_family_compiles(
         monkeypatch.setattr(compiled, "prepare", everywhere)
     write, size, frames = FAMILIES[family]
     base = open_base(str(write(tmp_path / "base", make_text_encoder)))
-    program, eager = freeze(base, "denoiser", size, frames)
+    program, eager = freeze(base, "denoiser", size=size, frames=frames)
     tool = get_engine(engine)
     path = tmp_path / f"denoiser{tool.suffix}"
     tool.build(program, path, precision="fp32")

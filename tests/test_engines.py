@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from tiny.bundles import freeze
 
 from fewshot_rt.errors import ConfigError, EngineError, ModelError
 from fewshot_rt.export import engine as engine_module
@@ -23,27 +24,15 @@ from fewshot_rt.export.engine import (
 )
 from fewshot_rt.export.engines import onnx as onnx_engine
 from fewshot_rt.export.parity import compare, require
-from fewshot_rt.export.program import Program, capture
+from fewshot_rt.export.program import Program
 from fewshot_rt.predictor import Runner
-from fewshot_rt.roles import make_roles, make_signatures, run_eagerly
 
 BATCH = 3
 
 
-def freeze(base: Any, role: str) -> tuple[Program, Runner]:
-    """Give the program of one role and the eager runner that is its reference."""
-    signatures = make_signatures(
-        base, base.embed(""), latents=(8, 2, 8, 8), size=(32, 32), batch=BATCH
-    )
-    module = make_roles(base, signatures)[role]
-    signature = signatures[role]
-    eager = run_eagerly(module, signature, device=base.device)
-    return capture(module, signature, role=role), eager
-
-
 @pytest.fixture(scope="module")
 def decoder(make_tiny_base: Callable[[], Any]) -> tuple[Program, Runner]:
-    return freeze(make_tiny_base(), "decoder")
+    return freeze(make_tiny_base(), "decoder", size=(32, 32), frames=5)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +63,7 @@ def test_the_denoiser_agrees_with_eager_and_its_file_is_named_well(
     tiny_base: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "denoiser.onnx"
-    program, eager = freeze(tiny_base, "denoiser")
+    program, eager = freeze(tiny_base, "denoiser", size=(32, 32), frames=5)
     check_engine("onnx", program, eager, path)
     model = onnx.load(path)
     values = {v.name: v for v in (*model.graph.input, *model.graph.output)}

@@ -89,7 +89,9 @@ def test_a_rehearsal_runs_to_its_last_line(tmp_path: Path) -> None:
         assert {"eager", "inductor", "aoti", "aoti + swap", "aoti + cuDNN"} <= ways
         assert sum("CUDA graph" in way for way in ways) == 2
         assert sum(way.endswith("+ fp8") for way in ways) == 1
-        assert record.settings["swapped"] == {"aoti + swap": 4}
+        # fp8 takes the faster attention, which at these sizes is a matter of chance.
+        fp8 = {"+ fp8": 4} if record.settings["attention"] == "ours" else {}
+        assert record.settings["swapped"] == {"aoti + swap": 4} | fp8
         assert set(record.parity) == ways
     parts = [record.settings["part"] for record in records if record.kind == gpu_answer.KIND]
     assert parts == [gpu_answer.OWN, gpu_answer.FEW, gpu_answer.TINY, gpu_answer.WHOLE]

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from tiny import bundles
-from tiny.bundles import eager_predictor, pictures
+from tiny.bundles import draw_adapter, eager_predictor, pictures
 from torch import Tensor
 
-from fewshot_rt.adapter import Adapter, Provenance, add_lora, snapshot
 from fewshot_rt.errors import ConfigError, EngineError, ModelError
 from fewshot_rt.export.adapters import live_of, read_updates, updates_of, write_updates
 from fewshot_rt.export.build import add_adapter, export_bundle
@@ -105,26 +104,12 @@ def test_updates_are_read_as_they_were_written(tmp_path: Path) -> None:
         read_updates(tmp_path / "a.safetensors")
 
 
-def make_adapter(base: Any, seed: int) -> Adapter:
-    """An adapter that changes answers: its second matrices are drawn as well."""
-    add_lora(base, rank=4, alpha=8, seed=seed)
-    origin = Provenance(
-        base=base.name, revision=base.revision, task="tiny", digest=str(seed), shots=1, seed=seed,
-        objective="onestep", versions={},
-    )  # fmt: skip
-    adapter = snapshot(base, origin)
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {name: weight.shape for name, weight in adapter.weights.items()}
-    weights = {n: 0.2 * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
-    return replace(adapter, weights=weights)
-
-
 def bundle_of(make: Callable[..., Any], folder: Path, engine: str, precision: str) -> Path:
     """A bundle with the adapters one and two; two answers in one step, from zeros."""
     settings = {"folder": folder, "origin": {}}
     for number, (name, recipe) in enumerate({"one": RECIPE, "two": SECOND}.items()):
         base = make(layers=3)
-        adapter = name, make_adapter(make(layers=3), seed=number)
+        adapter = name, draw_adapter(make(layers=3), seed=number)
         shared: Any = {"recipe": recipe, "prompt": base.embed("mask"), **settings}
         if number:
             list(add_adapter(base, adapter, **shared))
@@ -155,7 +140,7 @@ def test_each_adapter_answers_as_if_it_were_merged(
     answers = {}
     for number, (name, recipe) in enumerate({"one": RECIPE, "two": SECOND}.items()):
         base = make_tiny_base(layers=3)
-        make_adapter(make_tiny_base(layers=3), seed=number).merge(base)
+        draw_adapter(make_tiny_base(layers=3), seed=number).merge(base)
         predictor.use(name)
         assert predictor.recipe == recipe
         answers[name] = predictor.answer(pictures(2))
@@ -204,7 +189,7 @@ def test_what_does_not_belong_is_refused(
 
     def add(name: str, recipe: Recipe = RECIPE, **origin: str) -> None:
         base = make_tiny_base(layers=3)
-        adapter = name, make_adapter(make_tiny_base(layers=3), seed=5)
+        adapter = name, draw_adapter(make_tiny_base(layers=3), seed=5)
         prompt = base.embed("mask")
         list(add_adapter(base, adapter, recipe=recipe, prompt=prompt, folder=folder, origin=origin))
 
@@ -224,7 +209,7 @@ def test_an_engine_with_weights_in_its_code_says_so(
     make_tiny_base: Callable[..., Any], tmp_path: Path
 ) -> None:
     base = make_tiny_base()
-    adapter = "one", make_adapter(make_tiny_base(), seed=0)
+    adapter = "one", draw_adapter(make_tiny_base(), seed=0)
     prompt = base.embed("mask")
     shared: Any = {"recipe": RECIPE, "prompt": prompt, "folder": tmp_path / "b", "origin": {}}
     list(export_bundle(base, engine="eager", precision="fp32", adapter=adapter, **shared))
@@ -241,7 +226,7 @@ def test_an_engine_with_weights_in_its_code_says_so(
 
 
 def test_updates_are_those_that_peft_merges(make_tiny_base: Callable[..., Any]) -> None:
-    base, adapter = make_tiny_base(), make_adapter(make_tiny_base(), seed=3)
+    base, adapter = make_tiny_base(), draw_adapter(make_tiny_base(), seed=3)
     weights = dict(base.denoiser().named_parameters())
     sources = {f"denoiser.{name}": value.detach().clone() for name, value in weights.items()}
     live = LiveWeights(sources.__getitem__, map(Weight, sources))

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto
+from tiny.bundles import freeze
 
 from fewshot_rt.errors import EngineError
 from fewshot_rt.export import onnx_graph
@@ -18,9 +19,8 @@ from fewshot_rt.export.engines import onnx as onnx_engine
 from fewshot_rt.export.engines.onnx import Bound
 from fewshot_rt.export.onnx_graph import write_onnx
 from fewshot_rt.export.parity import compare, require
-from fewshot_rt.export.program import Program, capture
+from fewshot_rt.export.program import Program
 from fewshot_rt.predictor import Runner
-from fewshot_rt.roles import make_roles, make_signatures, run_eagerly
 
 BATCH = 3
 LAYERS = 1
@@ -33,19 +33,14 @@ LINEAR = 10
 def frozen(make_tiny_base: Callable[..., Any]) -> Callable[[str], tuple[Program, Runner]]:
     """A function that gives the program of a role, and the eager runner that is its reference."""
     base = make_tiny_base(LAYERS)
-    signatures = make_signatures(
-        base, base.embed(""), latents=(8, 2, 8, 8), size=(32, 32), batch=BATCH
-    )
-    roles = make_roles(base, signatures)
     made: dict[str, tuple[Program, Runner]] = {}
 
-    def freeze(role: str) -> tuple[Program, Runner]:
+    def find(role: str) -> tuple[Program, Runner]:
         if role not in made:
-            eager = run_eagerly(roles[role], signatures[role], device=base.device)
-            made[role] = capture(roles[role], signatures[role], role=role), eager
+            made[role] = freeze(base, role, size=(32, 32), frames=5)
         return made[role]
 
-    return freeze
+    return find
 
 
 @pytest.fixture(scope="module")

@@ -10,35 +10,20 @@ from typing import Any
 import numpy as np
 import openvino
 import pytest
-from tiny import cogvideox, ltx, wan
+from tiny.bundles import freeze
+from tiny.families import FAMILIES
 
 from fewshot_rt.bases import open_base
 from fewshot_rt.errors import EngineError, ModelError
 from fewshot_rt.export import nncf as quantiser
 from fewshot_rt.export.engines import openvino as engine
 from fewshot_rt.export.parity import compare, require
-from fewshot_rt.export.program import Program, capture
+from fewshot_rt.export.program import Program
 from fewshot_rt.predictor import Runner
-from fewshot_rt.roles import make_roles, make_signatures, run_eagerly
 from fewshot_rt.spec import ROLES
 
 BATCH = 3
 LINEAR = 10  # of a block: eight around two attentions, two of the feed-forward net
-FAMILIES = {
-    "cogvideox": (lambda f, text: cogvideox.write(f, "1.5", text()), (64, 96), 9),
-    "ltx": (lambda f, text: ltx.write(f, "0.9.5", text()), (64, 64), 9),
-    "wan 2.1": (lambda f, text: wan.write(f, "2.1", text(is_multilingual=True)), (64, 64), 5),
-    "wan 2.2": (lambda f, text: wan.write(f, "2.2-A14B", text(is_multilingual=True)), (64, 64), 5),
-}
-
-
-def cut(base: Any, role: str, size: tuple[int, int], frames: int) -> tuple[Program, Runner]:
-    latents = base.geometry.latent_shape(frames=frames, height=size[0], width=size[1])
-    prompt = base.embed("mask")
-    signatures = make_signatures(base, prompt, latents=latents, size=size, batch=BATCH)
-    module, signature = make_roles(base, signatures)[role], signatures[role]
-    eager = run_eagerly(module, signature, device=base.device)
-    return capture(module, signature, role=role), eager
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +31,12 @@ def frozen(make_tiny_base: Callable[..., Any]) -> Callable[[str], tuple[Program,
     """A function that gives the program of a role, and the eager runner that is its reference."""
     base, made = make_tiny_base(), {}
 
-    def freeze(role: str) -> tuple[Program, Runner]:
+    def find(role: str) -> tuple[Program, Runner]:
         if role not in made:
-            made[role] = cut(base, role, (32, 32), 5)
+            made[role] = freeze(base, role, size=(32, 32), frames=5)
         return made[role]
 
-    return freeze
+    return find
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +93,7 @@ def test_every_family_agrees_with_eager(
 ) -> None:
     write, size, frames = FAMILIES[family]
     base = open_base(str(write(tmp_path, make_text_encoder)), weights="fp32")
-    program, eager = cut(base, "denoiser", size, frames)
+    program, eager = freeze(base, "denoiser", size=size, frames=frames)
     path = tmp_path / "denoiser.xml"
     engine.build(program, path, precision="fp32")
     kinds = Counter(node.get_type_name() for node in openvino.Core().read_model(path).get_ops())

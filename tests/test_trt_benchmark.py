@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny.trt import fixed_sizes, stand_in
+from tiny.trt import stand_in
 
 from fewshot_rt.benchmarks import gpu_trt
 from fewshot_rt.benchmarks.gpu_bases import PAPER_BASE, Subject
@@ -46,8 +46,7 @@ def make_stage(*, is_rehearsal: bool = False) -> Stage:
 @pytest.mark.slow
 def test_a_rehearsal_runs_to_its_last_line(tmp_path: Path) -> None:
     options = ["--rehearse", "--results", str(tmp_path), "--bases", PAPER_BASE]
-    with fixed_sizes():
-        result = CliRunner().invoke(main, options)
+    result = CliRunner().invoke(main, options)
     assert result.exit_code == 0, result.output
     (record,) = read_records(tmp_path)
     assert record.settings["rehearsal"]

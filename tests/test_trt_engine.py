@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from tiny import bundles
-from tiny.bundles import eager_predictor, pictures
-from tiny.trt import draw_adapter, freeze, stand_in
+from tiny.bundles import draw_adapter, eager_predictor, pictures
+from tiny.trt import freeze, stand_in
 
 from fewshot_rt.errors import EngineError, ModelError
 from fewshot_rt.export import trt_network, trt_runtime

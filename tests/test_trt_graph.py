@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from onnx import ModelProto, helper
-from tiny.trt import BATCH, VERSION, answer, fixed_sizes, freeze, run_onnx
+from tiny.trt import BATCH, VERSION, answer, freeze, run_onnx
 
 from fewshot_rt.errors import EngineError
 from fewshot_rt.export.onnx_edit import EXCHANGE, infer, types_of
@@ -51,8 +51,7 @@ def half(frozen: dict[str, tuple[Program, Role]], tmp_path_factory: Any) -> Path
 
 
 def write(program: Program, folder: Path, precision: str) -> Path:
-    with fixed_sizes():
-        declared = declare(program, folder, precision=precision, examples=(), version=VERSION)
+    declared = declare(program, folder, precision=precision, examples=(), version=VERSION)
     return declared.path
 
 

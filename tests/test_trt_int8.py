@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, numpy_helper
-from tiny.trt import VERSION, answer, fixed_sizes, freeze, run_onnx
+from tiny.trt import VERSION, answer, freeze, run_onnx
 
 from fewshot_rt.errors import EngineError
 from fewshot_rt.export import trt_declare
@@ -95,7 +95,7 @@ def rounded(
             write_onnx(program, kept)
         shutil.copy(kept, path)
 
-    with pytest.MonkeyPatch.context() as patch, fixed_sizes():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trt_declare, "calibrate", stand_in)
         patch.setattr(trt_declare, "write_onnx", write_once)
         declared = declare(frozen[0], folder, precision=form, examples=examples, version=VERSION)
@@ -204,7 +204,7 @@ def test_a_rounding_that_is_misplaced_is_refused(
 def test_scales_need_examples_and_model_optimizer(
     frozen: tuple[Program, Role], examples: list[Any], tmp_path: Path
 ) -> None:
-    with fixed_sizes(), pytest.raises(EngineError, match="finds the scales of int8 on the images"):
+    with pytest.raises(EngineError, match="finds the scales of int8 on the images"):
         declare(frozen[0], tmp_path, precision="int8", examples=(), version=VERSION)
     if trt_declare.calibrate.__module__ != "fewshot_rt.export.modelopt":
         pytest.fail("the stand-in was left behind")
@@ -228,8 +228,7 @@ def test_model_optimizer_finds_the_same_scales(
     form: str, frozen: tuple[Program, Role], examples: list[Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("modelopt", reason="NVIDIA's Model Optimizer is not installed")
-    with fixed_sizes():
-        declared = declare(frozen[0], tmp_path, precision=form, examples=examples, version=VERSION)
+    declared = declare(frozen[0], tmp_path, precision=form, examples=examples, version=VERSION)
     check_model(read_model(declared.path), role="denoiser", precision=HALF[form])
     found = read_greatest(tmp_path / "rounded.onnx")
     assert len(found) == LAYERS * PRODUCTS

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny.bundles import draw_adapter
 from tiny.trt import (
     FAMILIES,
     VERSION,
     OnnxEngine,
     answer,
     cut_role,
-    draw_adapter,
-    fixed_sizes,
     freeze,
     open_family,
 )
@@ -47,8 +46,7 @@ Made = tuple[Program, Role, Declared]
 
 def make(base: Any, folder: Path, precision: str, **sizes: Any) -> Made:
     program, module = freeze(base, "denoiser", **sizes)
-    with fixed_sizes():
-        declared = declare(program, folder, precision=precision, examples=(), version=VERSION)
+    declared = declare(program, folder, precision=precision, examples=(), version=VERSION)
     return program, module, declared
 
 

@@ -28,6 +28,7 @@ merged: tuple[str, ...] = ()
 is_fixed = False
 coders = {"int8": "bf16", "fp8": "bf16"}
 calibrated: tuple[str, ...] = ()
+devices = torch_devices
 
 # Threads are counted when the code runs, not when it is built.
 OPTIONS = {"cpp.dynamic_threads": True}
@@ -36,11 +37,6 @@ OPTIONS = {"cpp.dynamic_threads": True}
 def missing() -> str | None:
     """Say why it cannot run here and what to install; None if it can."""
     return missing_package("torch", install="torch (https://pytorch.org)")
-
-
-def devices() -> tuple[str, ...]:
-    """List the kinds of device that it can run on here."""
-    return torch_devices()
 
 
 def build(

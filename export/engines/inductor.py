@@ -28,16 +28,12 @@ merged: tuple[str, ...] = ()
 is_fixed = False
 coders = {"int8": "bf16", "fp8": "bf16"}
 calibrated: tuple[str, ...] = ()
+devices = torch_devices
 
 
 def missing() -> str | None:
     """Say why it cannot run here and what to install; None if it can."""
     return missing_package("torch", install="torch (https://pytorch.org)") or missing_compiler()
-
-
-def devices() -> tuple[str, ...]:
-    """List the kinds of device that it can run on here."""
-    return torch_devices()
 
 
 def build(

@@ -216,16 +216,11 @@ def answer_eagerly(program: "Program") -> "dict[str, np.ndarray]":
     """Answer the example with the captured program."""
     import torch
 
-    given = program.signature.example(seed=SEED)
-    inputs = [
-        torch.from_numpy(given[spec.name]).to(program.device) for spec in program.signature.inputs
-    ]
-    with torch.no_grad():
-        results = program.exported.module()(*inputs)
-    return {
-        spec.name: result.float().cpu().numpy()
-        for spec, result in zip(program.signature.outputs, results, strict=True)
-    }
+    from fewshot_rt.roles import run_eagerly
+
+    signature, device = program.signature, torch.device(program.device)
+    eager = run_eagerly(program.exported.module(), signature, device=device)
+    return eager(signature.example(seed=SEED))
 
 
 def read_facts(path: Path) -> dict[str, Any]:

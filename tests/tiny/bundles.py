@@ -1,12 +1,16 @@
-"""What tests of bundles share: a recipe for the tiny pocket, its eager predictor, and pictures."""
+"""What tests of bundles share: roles and predictors in eager, a recipe, pictures, an adapter."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from fewshot_rt.adapter import Adapter, Provenance, add_lora, snapshot
 from fewshot_rt.codecs import Codec
-from fewshot_rt.predictor import Predictor, Recipe
-from fewshot_rt.roles import eager_runners, make_signatures
+from fewshot_rt.export.program import Program, capture
+from fewshot_rt.predictor import Predictor, Recipe, Runner
+from fewshot_rt.roles import eager_runners, make_roles, make_signatures, run_eagerly
 from fewshot_rt.schedule import Schedule
 
 RECIPE = Recipe(
@@ -34,3 +38,31 @@ def eager_predictor(base: Any, recipe: Recipe = RECIPE) -> Predictor:
 
 def pictures(count: int) -> np.ndarray:
     return np.random.default_rng(9).uniform(-1, 1, (count, 3, 32, 32)).astype(np.float32)
+
+
+def draw_adapter(base: Any, seed: int, *, size: float = 0.2) -> Adapter:
+    """Draw an adapter of a base that changes answers: its second matrices are drawn as well.
+
+    The base is changed.
+    """
+    add_lora(base, rank=4, alpha=8, seed=seed)
+    origin = Provenance(
+        base=base.name, revision=base.revision, task="tiny", digest=str(seed), shots=1, seed=seed,
+        objective="onestep", versions={},
+    )  # fmt: skip
+    adapter = snapshot(base, origin)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: weight.shape for name, weight in adapter.weights.items()}
+    weights = {n: size * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+    return replace(adapter, weights=weights)
+
+
+def freeze(
+    base: Any, role: str, *, size: tuple[int, int], frames: int, batch: int = 3
+) -> tuple[Program, Runner]:
+    """Give the program of a role, and the eager runner that is its reference."""
+    latents = base.geometry.latent_shape(frames=frames, height=size[0], width=size[1])
+    signatures = make_signatures(base, base.embed("mask"), latents=latents, size=size, batch=batch)
+    module, signature = make_roles(base, signatures)[role], signatures[role]
+    eager = run_eagerly(module, signature, device=base.device)
+    return capture(module, signature, role=role), eager

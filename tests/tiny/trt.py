@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from fewshot_rt.adapter import Adapter, Provenance, add_lora, snapshot
 from fewshot_rt.bases import open_base
 from fewshot_rt.export import trt_choice, trt_network, trt_runtime
 from fewshot_rt.export.engines import trt
@@ -25,7 +23,6 @@ from . import cogvideox, ltx, wan
 
 BATCH = 2
 VERSION = (11, 4)  # of TensorRT
-PATCHED = "fewshot_rt.export.program._varies"
 # By name: the module, the version, and the size (H, W) of pictures.
 FAMILIES = {
     "cogvideox-1.0": (cogvideox, "1.0", (32, 48)),
@@ -38,21 +35,12 @@ FAMILIES = {
 }
 
 
-@contextmanager
-def fixed_sizes() -> Iterator[None]:
-    """Let an axis that does not vary be captured as a number."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PATCHED, lambda of, axis: of.sizes[axis][0] < of.sizes[axis][2])
-        yield
-
-
 def freeze(
     base: Any, role: str, *, frames: int, size: tuple[int, int], word: str = "a mask"
 ) -> tuple[Program, Role]:
     """Give the program of a role for full batches alone, and the module."""
     module, signature = cut_role(base, role, frames=frames, size=size, word=word)
-    with fixed_sizes():
-        return capture(module, signature, role=role), module
+    return capture(module, signature, role=role), module
 
 
 def cut_role(
@@ -60,12 +48,9 @@ def cut_role(
 ) -> tuple[Role, Signature]:
     """Give the module of a role, and what it is given in full batches."""
     shape = base.geometry.latent_shape(frames=frames, height=size[0], width=size[1])
-    signatures = {
-        name: Signature(inputs=of.inputs, outputs=of.outputs, sizes={"batch": (BATCH,) * 3})
-        for name, of in make_signatures(
-            base, base.embed(word), latents=shape, size=size, batch=BATCH
-        ).items()
-    }
+    signatures = make_signatures(
+        base, base.embed(word), latents=shape, size=size, batch=BATCH, least=BATCH
+    )
     return make_roles(base, signatures)[role], signatures[role]
 
 
@@ -107,23 +92,6 @@ def answer(module: Role, program: Program, *, seed: int = 3) -> tuple[dict[str, 
     return given, run_eagerly(module, program.signature, device=next(module.parameters()).device)(
         given
     )
-
-
-def draw_adapter(base: Any, seed: int, *, size: float = 0.2) -> Adapter:
-    """Draw an adapter of a base that changes answers: its second matrices are drawn as well.
-
-    The base is changed.
-    """
-    add_lora(base, rank=4, alpha=8, seed=seed)
-    origin = Provenance(
-        base=base.name, revision=base.revision, task="tiny", digest=str(seed), shots=1, seed=seed,
-        objective="onestep", versions={},
-    )  # fmt: skip
-    adapter = snapshot(base, origin)
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {name: weight.shape for name, weight in adapter.weights.items()}
-    weights = {n: size * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
-    return replace(adapter, weights=weights)
 
 
 class OnnxEngine:
@@ -191,7 +159,7 @@ def stand_in(facts: Mapping[str, str]) -> Iterator[list[dict[str, Any]]]:
     def open_runner(path: Path, signature: Signature, *, device: str) -> OnnxEngine:
         return OnnxEngine(path, signature)
 
-    with pytest.MonkeyPatch.context() as patch, fixed_sizes():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trt, "missing", lambda: None)
         patch.setattr(trt, "require_gpu", lambda _: None)
         patch.setattr(trt_network, "build_plan", build_plan)

@@ -1,0 +1,117 @@
+"""Several processes that share one GPU: they compile side by side, and measure one after the other.
+
+Compiling takes minutes of the CPU's cores and hardly any of the GPU; one after the other, a GPU
+that is lent for some minutes would be spent on it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .gpu_units import Outcome
+from .record import Record
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """Who measures when. folder: that all share; name: of this process; waited: whom all await.
+
+    Compilers try kernels on the GPU now and then, even while another process measures; only
+    `wait_for_others` keeps clear of that.
+    """
+
+    folder: str
+    name: str
+    waited: Sequence[str]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have the GPU, of all processes that ask for it."""
+        import fcntl  # not on Windows, where nothing else of this needs it
+
+        with (Path(self.folder) / "gpu.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def wait_for_others(self, until: float) -> None:
+        """Say that this process has compiled, and wait for the others to. until: by monotonic."""
+        _mark_ready(Path(self.folder), self.name)
+        while time.monotonic() < until:
+            if all(_ready(Path(self.folder), name).exists() for name in self.waited):
+                return
+            time.sleep(POLL_SECONDS)
+
+    def report(self, outcomes: Sequence[Outcome]) -> None:
+        """Leave what came of this process for the one that started it."""
+        text = json.dumps([asdict(outcome) for outcome in outcomes])
+        _report(Path(self.folder), self.name).write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one process does. options: of the command; is_waited: whether others await its code."""
+
+    name: str
+    options: Sequence[str]
+    is_waited: bool = False
+
+
+def run_shares(shares: Sequence[Share], options: Sequence[str]) -> Iterator[Outcome]:
+    """Run a process of `make gpu` for each share, and yield what came of each as it ends.
+
+    options: that all are called with.
+    """
+    waited = [share.name for share in shares if share.is_waited]
+    with tempfile.TemporaryDirectory() as kept:
+        running = {}
+        for share in shares:
+            turns = Turns(folder=kept, name=share.name, waited=waited)
+            command = [sys.executable, "-m", "fewshot_rt.benchmarks.gpu", *options, *share.options]
+            command += ["--share", json.dumps(asdict(turns))]
+            # Their tables stay away: there will be one of all.
+            running[share.name] = subprocess.Popen(
+                command, env=_environment(len(shares)), stdout=subprocess.DEVNULL
+            )
+        while running:
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                status = running.pop(name).returncode
+                _mark_ready(Path(kept), name)
+                yield from _outcomes(_report(Path(kept), name), name, status)
+            time.sleep(POLL_SECONDS)
+
+
+def _outcomes(path: Path, name: str, status: int) -> list[Outcome]:
+    if not path.exists():
+        reason = f"its process ended with status {status} and no report"
+        return [Outcome(case=name, record=None, reason=reason, has_failed=True)]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for outcome in found:
+        outcome["record"] = outcome["record"] and Record(**outcome["record"])
+    return [Outcome(**outcome) for outcome in found]
+
+
+def _environment(count: int) -> dict[str, str]:
+    """Give each of `count` processes its part of the cores to compile with."""
+    threads = str(max(1, len(os.sched_getaffinity(0)) // count))
+    return {"TORCHINDUCTOR_COMPILE_THREADS": threads, "OMP_NUM_THREADS": threads, **os.environ}
+
+
+def _ready(folder: Path, name: str) -> Path:
+    return folder / f"{name}.ready"
+
+
+def _report(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
+
+
+def _mark_ready(folder: Path, name: str) -> None:
+    _ready(folder, name).touch()
