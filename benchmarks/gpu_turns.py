@@ -81,12 +81,18 @@ def run_shares(shares: Sequence[Share], options: Sequence[str]) -> Iterator[Outc
             running[share.name] = subprocess.Popen(
                 command, env=_environment(len(shares)), stdout=subprocess.DEVNULL
             )
-        while running:
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                status = running.pop(name).returncode
-                _mark_ready(Path(kept), name)
-                yield from _outcomes(_report(Path(kept), name), name, status)
-            time.sleep(POLL_SECONDS)
+        try:
+            while running:
+                for name in [
+                    name for name, process in running.items() if process.poll() is not None
+                ]:
+                    status = running.pop(name).returncode
+                    _mark_ready(Path(kept), name)
+                    yield from _outcomes(_report(Path(kept), name), name, status)
+                time.sleep(POLL_SECONDS)
+        finally:
+            for process in running.values():
+                process.terminate()
 
 
 def _outcomes(path: Path, name: str, status: int) -> list[Outcome]:
