@@ -183,7 +183,9 @@ def _describe(region: ExportedProgram, variant: Variant) -> str:
 
 def compile_with_aoti(region: ExportedProgram) -> Compiled:
     """Compile a region as engine `aoti` does."""
-    return aoti.open_region(aoti.compile_region(region), Path("region"))
+    devices = {node.meta["val"].device for node in region.graph.find_nodes(op="placeholder")}
+    (device,) = {device.type for device in devices}
+    return aoti.open_region(aoti.compile_region(region), Path("region"), device=device)
 
 
 def run_directly(region: ExportedProgram) -> Compiled:

@@ -67,6 +67,7 @@ def measure(subject: Subject, stage: Stage) -> Iterator[Record]:
         truths = {
             row: denoising.exact(denoising.inputs(slice(row, row + 1))) for row in (0, most - 1)
         }
+    free_memory(stage)
     progress = Progress()
     build_all(denoising, progress, truths)
     free_memory(stage)

@@ -106,9 +106,10 @@ def _outcomes(path: Path, name: str, status: int) -> list[Outcome]:
 
 
 def _environment(count: int) -> dict[str, str]:
-    """Give each of `count` processes its part of the cores to compile with."""
-    threads = str(max(1, len(os.sched_getaffinity(0)) // count))
-    return {"TORCHINDUCTOR_COMPILE_THREADS": threads, "OMP_NUM_THREADS": threads, **os.environ}
+    """Give each of `count` processes its part of the cores, and more to compile with: it waits."""
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    own = {"TORCHINDUCTOR_COMPILE_THREADS": str(2 * threads), "OMP_NUM_THREADS": str(threads)}
+    return own | dict(os.environ)
 
 
 def _ready(folder: Path, name: str) -> Path:

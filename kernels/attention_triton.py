@@ -105,6 +105,8 @@ def attention_kernel(
     scale_log2: the scale times log2(e), since the softmax is taken in base 2.
     Source: Dao 2023 (FlashAttention-2), algorithm 1.
     """
+    # Inductor may pass numbers in fp64, and then all that they touch would be.
+    scale_log2 = tl.cast(scale_log2, tl.float32)
     blocks = tl.cdiv(query_length, QUERY_BLOCK)
     # Programs that run side by side share a head, so that its keys and values stay in the cache.
     pair = tl.program_id(0) // blocks

@@ -1,9 +1,9 @@
 """How the kernels are cut into blocks on each architecture; nothing is tuned at run time.
 
-Without a GPU at hand, the values were chosen from what the compiler reports: no register is spilled
-with or without a mask, what a block needs fits the architecture's shared memory, and within that
-the largest blocks of queries, which read keys and values least often. Every line is compiled in
-`tests/test_kernels_compiled.py` and `tests/test_kernels_normed_compiled.py`.
+Where no GPU was at hand, the values were chosen from what the compiler reports: no register is
+spilled with or without a mask, what a block needs fits the architecture's shared memory, and
+within that the largest blocks of queries, which read keys and values least often. Every line is
+compiled in `tests/test_kernels_compiled.py` and `tests/test_kernels_normed_compiled.py`.
 """
 
 from dataclasses import dataclass
@@ -122,12 +122,18 @@ ARCHITECTURES = {
         },
         rows=_ROWS,
     ),
-    # H100: wgmma of four warps. Two programs of one warp group each share a multiprocessor, so that
-    # one takes exponents while the other multiplies; at width 128 one program of two groups.
+    # H100: wgmma of four warps. At width 64 several programs of one warp group share a
+    # multiprocessor, so that one takes exponents while another multiplies; at width 128 one program
+    # of two groups. Widths 64 and 128 in half precision are the fastest of 67 that were timed on an
+    # H100 (`benchmarks/gpu_launches.py`).
     "sm_90": Architecture(
         shared_bytes=227 << 10,
         launches={
-            "half": _HALF,
+            "half": (
+                *_by_width(128, 64, warps=4, stages=3, widths=(32,)),
+                *_by_width(64, 64, warps=4, stages=3, widths=(64,)),
+                *_by_width(128, 128, warps=8, stages=3, widths=(128,)),
+            ),
             "tf32": _TF32,
             "ieee": _IEEE,
         },

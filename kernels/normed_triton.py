@@ -68,6 +68,8 @@ def prepare_kernel(
     IS_CENTRED: layer norm with a bias, else the root mean square alone.
     Source: Ba et al. 2016, eq. 4 (layer norm); Zhang & Sennrich 2019, eq. 4 (root mean square).
     """
+    # Inductor may pass numbers in fp64, and then all that they touch would be.
+    epsilon = tl.cast(epsilon, tl.float32)
     blocks = tl.cdiv(length * GROUPS, ROWS)
     # What grows with the batch or the length is counted in 64 bits, places within a row in 32.
     batch = (tl.program_id(0) // blocks).to(tl.int64)

@@ -23,7 +23,7 @@ from fewshot_rt.benchmarks import (
     gpu_denoiser,
     gpu_units,
 )
-from fewshot_rt.benchmarks.gpu import SECTIONS, main
+from fewshot_rt.benchmarks.gpu import USUAL, main
 from fewshot_rt.benchmarks.gpu_bases import (
     MEASURED,
     PAPER_BASE,
@@ -72,11 +72,11 @@ def test_a_rehearsal_runs_to_its_last_line(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     records = read_records(tmp_path)
     kinds = [record.kind for record in records]
-    kind_of = {"checks": 3, "attention": 3, "denoiser": 2, "answer": 4}
+    kind_of = {"checks": 4, "attention": 3, "denoiser": 2, "answer": 4}
     assert {kind: kinds.count(kind) for kind in kinds} == {
         f"gpu-{section}": count for section, count in kind_of.items()
     }
-    assert set(kind_of) == set(SECTIONS)
+    assert tuple(kind_of) == USUAL
     assert all(record.settings["rehearsal"] for record in records)
     assert not any(record.settings.get("failed") for record in records)
     assert set(verdicts(result.stdout).values()) == {"open"}
@@ -109,6 +109,17 @@ def test_the_other_families_answer_too(tmp_path: Path) -> None:
         told = {way for way, times in record.variants.items() if "extrapolated_ms" in times}
         assert all("from 2 and 3 measured" in way for way in told)
         assert bool(told) == (record.settings["part"] == gpu_answer.FEW)
+
+
+def test_processes_compile_side_by_side_and_report_to_one(tmp_path: Path) -> None:
+    """One of them fails; the others wait for it in vain, and go on."""
+    bases = f"{LTX},no/base"
+    result = rehearse(tmp_path, "--at-once", "--only", "denoiser", "--bases", bases)
+    assert result.exit_code == 1
+    records = read_records(tmp_path)
+    assert [record.kind for record in records] == [gpu_denoiser.KIND] * 2
+    assert "denoiser base: its process ended with status 1 and no report" in result.stdout
+    assert "| LTX-Video | 4 | eager |" in result.stdout
 
 
 def test_what_fails_does_not_keep_the_rest_from_being_measured(
@@ -172,7 +183,7 @@ def test_nothing_is_begun_when_the_minutes_are_over(tmp_path: Path) -> None:
     result = rehearse(tmp_path, "--minutes", "0", "--only", "checks,denoiser")
     assert result.exit_code == 0
     assert not list(tmp_path.iterdir())
-    assert result.stdout.count("skipped") == 4
+    assert result.stdout.count("skipped") == 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure here")
@@ -214,7 +225,7 @@ def test_a_missing_diffusers_is_one_clear_error_for_each_section(
         "attention",
         "normed attention",
     ]
-    for section in SECTIONS:
+    for section in USUAL:
         assert f"section '{section}' needs the package 'diffusers'" in result.stdout
 
 

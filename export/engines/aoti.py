@@ -6,6 +6,7 @@ Weights lie beside the libraries, so that adapters can change in place.
 import io
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,9 +80,8 @@ def load(
     """
     from fewshot_rt.export.compiled import open_runner
 
-    return open_runner(
-        name, path, signature, device=device, threads=threads, open_region=open_region
-    )
+    opener = partial(open_region, device=device)
+    return open_runner(name, path, signature, device=device, threads=threads, open_region=opener)
 
 
 def compile_region(region: "ExportedProgram") -> bytes:
@@ -98,13 +98,17 @@ def compile_region(region: "ExportedProgram") -> bytes:
         return path.read_bytes()
 
 
-def open_region(content: bytes, path: Path) -> "Callable[..., Sequence[Tensor]]":
+def open_region(
+    content: bytes, path: Path, *, device: str = "cpu"
+) -> "Callable[..., Sequence[Tensor]]":
     """Open a package. Raises: ModelError that names `path` if it is damaged."""
     import torch
 
+    # On a GPU calls are recorded as a graph, during which no call may wait for another one's end.
+    is_alone = torch.device(device).type == "cuda"
     try:
         opened: Callable[..., Sequence[Tensor]] = torch._inductor.aoti_load_package(
-            io.BytesIO(content)
+            io.BytesIO(content), run_single_threaded=is_alone
         )
     except RuntimeError as error:
         raise ModelError(f"{path} is damaged ({error}). Export it again.") from error

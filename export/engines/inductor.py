@@ -93,13 +93,15 @@ def compile_region(region: "ExportedProgram") -> "Callable[..., Sequence[Tensor]
 
     from fewshot_rt.export.compiled import quiet
 
-    values = [node.meta["val"] for node in region.graph.find_nodes(op="placeholder")]
+    # A copy: not every PyTorch leaves the graph as it was.
+    graph = copy.deepcopy(region.graph_module)
+    values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    # Where Inductor looks for the sizes that vary; without, PyTorch 2.11 takes them as fixed.
+    for node in graph.graph.output_node().all_input_nodes:
+        node.meta["example_value"] = node.meta["val"]
     with quiet():
         compiled: Callable[..., Sequence[Tensor]] = torch._inductor.standalone_compile(
-            # A copy: not every PyTorch leaves the graph as it was.
-            copy.deepcopy(region.graph_module),
-            values,
-            dynamic_shapes="from_graph",
+            graph, values, dynamic_shapes="from_graph"
         )
     return compiled
 
