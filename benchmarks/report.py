@@ -6,7 +6,8 @@ the table of the case NAME
 
 Of learning, `bench:tasks` is the table of means, `bench:tasks-N` that of all tasks with N pairs,
 `bench:tasks-groups-N` that of groups of tasks. Of the ladder of denoising steps, `bench:steps` is
-the table of rungs, `bench:steps-arithmetic` that of arithmetic.
+the table of rungs, `bench:steps-arithmetic` that of arithmetic. Of a GPU, `bench:gpu-attention` is
+the table of attention's sizes, `bench:gpu-answer` that of answers.
 """
 
 import re
@@ -18,6 +19,7 @@ from fewshot_rt.errors import DataError
 from fewshot_rt.files import write_text
 
 from .curves import KIND, latest_comparison, make_group_table, make_mean_table, make_task_table
+from .gpu_report import ANSWERS, ATTENTION, make_answer_table, make_attention_table, newest
 from .markdown import table
 from .record import RESULTS, Record, read_records
 from .rungs import ARITHMETIC
@@ -57,6 +59,9 @@ def update_document(path: Path, folder: Path = RESULTS) -> list[str]:
         tables["steps"] = partial(make_rungs_table, rungs)
     if arithmetic:
         tables[ARITHMETIC] = partial(make_arithmetic_table, arithmetic)
+    for name, make in ((ATTENTION, make_attention_table), (ANSWERS, make_answer_table)):
+        if found := newest(records, name):
+            tables[name] = partial(make, found)
     for name in names:
         if name not in tables:
             raise DataError(f"{path} marks bench:{name}, but {folder} holds no record of it.")
