@@ -134,8 +134,9 @@ def _caption(record: Record) -> str:
     machine, floor, versions = record.machine, record.floor, record.versions
     count = int(next(iter(record.variants.values()))["count"])
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
+    lead = ", each after one that is not timed" if record.settings.get("lead") else ""
     return (
-        f"{record.images} images a call, {count} calls each, in turns. Floor: "
+        f"{record.images} images a call, {count} calls each, in turns{lead}. Floor: "
         f"{floor['floor_ms']:.1f} ms ({floor['flops'] / 1e9:.1f} GFLOP at "
         f"{floor['flops_per_second'] / 1e9:.0f} GFLOP/s measured). {machine['cpu']}, "
         f"{machine['cores']} cores{gpu}; torch {versions['torch']}, onnxruntime "

@@ -27,12 +27,15 @@ def interleave(
     *,
     rounds: int,
     warmup: int = 2,
+    lead: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time variants in turns, so that whatever slows the machine down meets all of them.
 
     The order moves on by one each round. The first `warmup` rounds are not kept. A variant must
-    have done its work when it returns. clock: gives seconds.
+    have done its work when it returns. lead: calls before each that is timed, so that it meets
+    caches as its own calls leave them, and no other's threads that still wait for work. clock:
+    gives seconds.
 
     Units: milliseconds, one for each round.
     Raises: ValueError if there is no round to keep.
@@ -44,6 +47,8 @@ def interleave(
     for number in range(warmup + rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            for _ in range(lead):
+                variants[name]()
             started = clock()
             variants[name]()
             elapsed_ms = 1000 * (clock() - started)

@@ -81,6 +81,11 @@ def test_variants_take_turns_and_warmup_is_not_kept() -> None:
     samples = interleave(variants, rounds=3, warmup=1, clock=lambda: clock.seconds)
     assert samples == {"a": [500.0] * 3, "b": [250.0] * 3, "c": [2000.0] * 3}
     assert clock.order == "abcbcacababc"
+    # Calls ahead of the one that is timed do not count.
+    clock.order = ""
+    samples = interleave(variants, rounds=2, warmup=0, lead=1, clock=lambda: clock.seconds)
+    assert samples == {"a": [500.0] * 2, "b": [250.0] * 2, "c": [2000.0] * 2}
+    assert clock.order == "aabbccbbccaa"
     with pytest.raises(ValueError, match="at least 1 round, not 0"):
         interleave(variants, rounds=0)
 
