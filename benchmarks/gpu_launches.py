@@ -4,9 +4,7 @@
 Axes: B batch, N heads, L tokens, D head width.
 """
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from typing import Any
@@ -21,7 +19,7 @@ from fewshot_rt.kernels.launches import ARCHITECTURES, Launch, launch_for
 
 from .gpu_attention import CUDNN, DEFAULT, OURS, Values, draw, list_calls, time_calls
 from .gpu_bases import Shape, Subject
-from .gpu_units import Stage, Unit, attempt
+from .gpu_units import Stage, Unit
 from .record import Record
 
 KIND = "gpu-launches"
@@ -89,8 +87,11 @@ def measure(shape: Shape, stage: Stage) -> Iterator[Record]:
     if stage.device == "cuda":
         architecture = architecture_of(values[0].device)
         launches = candidates(shape.width, ARCHITECTURES[architecture].shared_bytes)
-        _compile(values, launches)
-        calls |= {describe(one): partial(_run, values, one, _kernel()) for one in launches}
+        from fewshot_rt.kernels.attention_triton import attention_kernel
+        from fewshot_rt.kernels.warmup_triton import compile_all
+
+        compile_all([partial(_run, values, one) for one in launches], attention_kernel)
+        calls |= {describe(one): partial(_run, values, one, attention_kernel) for one in launches}
         used = launch_for(architecture, dtype=values[0].dtype, width=shape.width, precision="ieee")
         settings = {"architecture": architecture, "in use": describe(used)}
     yield time_calls(KIND, f"launches, {shape}", shape, values, calls, stage, settings)
@@ -104,35 +105,9 @@ def describe(launch: Launch) -> str:
     )
 
 
-def _kernel() -> Any:
-    from fewshot_rt.kernels.attention_triton import attention_kernel
-
-    return attention_kernel
-
-
 def _run(values: Values, launch: Launch, kernel: Any) -> Tensor:
     query, key, value = values
     scale = query.shape[-1] ** -0.5
     return run_kernel(
         kernel, query, key, value, mask=None, scale=scale, precision="ieee", launch=launch
     )
-
-
-class _Warmup:
-    """Stands for a kernel, and compiles it where that would be started."""
-
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return partial(self._kernel.warmup, grid=grid)
-
-
-def _compile(values: Values, launches: Sequence[Launch]) -> None:
-    """Compile launches side by side; what fails shows when it is run."""
-    from triton import AsyncCompileMode
-
-    cores = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(cores) as pool, AsyncCompileMode(pool, ignore_errors=True):
-        for launch in launches:
-            attempt(partial(_run, values, launch, _Warmup(_kernel())))

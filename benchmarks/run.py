@@ -14,10 +14,9 @@ from .floor import Floor
 from .plain import Answer
 from .record import Record
 from .timing import interleave, summarise
+from .ways import Apart
 
-# A folder is answered by one way alone: after another way's call the first of OpenVINO took up to
-# 1.7 times as long as the next, beside threads of PyTorch that still waited for work.
-LEAD = 1
+LEAD = 1  # calls before each that is timed: another way's left the processor's caches to itself
 
 
 def bench_predict(
@@ -88,5 +87,6 @@ def _gate(name: str, reference: Floats, answer: Floats, precision: str) -> Parit
     return parities["image"]
 
 
-def _call(answer: Answer, images: Floats) -> Callable[[], Floats]:
-    return lambda: answer(images)
+def _call(answer: Answer, images: Floats) -> Callable[[], object]:
+    """Give a call that is timed; one in another process keeps its answers there."""
+    return answer.again if isinstance(answer, Apart) else lambda: answer(images)

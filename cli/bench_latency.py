@@ -1,6 +1,8 @@
 """`fewshot-rt bench latency`: how fast a run's bundles answer, beside plain PyTorch."""
 
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,8 @@ from .progress import say, show_table
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from fewshot_rt.benchmarks.record import Record
 
 
 @click.command("latency")
@@ -32,9 +36,9 @@ def command(
 ) -> None:
     """Measure how fast a run answers, by engine.
 
-    RUN is a run's folder or name (default: the latest). In one interleaved run on the same images:
-    the plain diffusers-style loop with the adapter attached, the merged model in PyTorch, and
-    every bundle of the run. A way that answers otherwise is not timed.
+    RUN is a run's folder or name (default: the latest). In one interleaved run on the same images,
+    each in a process of its own: the plain diffusers-style loop with the adapter attached, the
+    merged model in PyTorch, and every bundle of the run. A way that answers otherwise is not timed.
     """
     from fewshot_rt.benchmarks.record import append_record
     from fewshot_rt.benchmarks.report import make_table
@@ -51,37 +55,37 @@ def command(
     write_result({"record": record.to_dict(), "table": make_table(record)}, as_json=as_json)
 
 
-def _measure(place: Path, *, batch: int, rounds: int) -> Any:
-    from fewshot_rt.adapter import Adapter
-    from fewshot_rt.bases import open_base
+def _measure(place: Path, *, batch: int, rounds: int) -> "Record":
     from fewshot_rt.benchmarks.floor import find_floor
-    from fewshot_rt.benchmarks.plain import plain_loop
     from fewshot_rt.benchmarks.run import bench_predict
-    from fewshot_rt.export.bundle import open_bundle, read_manifest
+    from fewshot_rt.benchmarks.ways import EAGER, PLAIN, Apart, open_way
+    from fewshot_rt.export.bundle import read_manifest
     from fewshot_rt.runs import base_predictor, bundles_of, open_merged
 
     merged, _, values = open_merged(place)
-    if batch > values["recipe"].batch:
-        raise ConfigError(f"--batch goes up to {values['recipe'].batch}, that of the run's bundles")
     recipe = replace(values["recipe"], batch=batch)
-    prompt = values["prompt"]
-    eager = base_predictor(merged, recipe, prompt, origin="eager")
-    attached = open_base(values["train"]["base"], weights="fp32", vae=values["train"].get("vae"))
-    Adapter.load(place).attach(attached)
-    plain = plain_loop(attached, prompt=prompt, recipe=recipe, decode=attached.decode)
-    variants = {"plain": plain, "eager": eager.answer}
-    precisions = {}
-    for bundle in bundles_of(place):
-        variants[bundle.name] = open_bundle(bundle).with_recipe(batch=batch).answer
-        precisions[bundle.name] = read_manifest(bundle)["precision"]
-    return bench_predict(
-        variants,
-        _images(values["task"], recipe.size, batch),
-        case=f"predict-batch{batch}",
-        floor=find_floor(merged, eager),
-        precisions=precisions,
-        rounds=rounds,
-    )
+    manifests = {bundle.name: read_manifest(bundle) for bundle in bundles_of(place)}
+    for name, manifest in manifests.items():
+        most = manifest["recipe"]["batch"]
+        if batch > most:
+            raise ConfigError(
+                f"bundle {name} holds {most} images a call. Give --batch {most} or less, or export "
+                f"it with --batch {batch}."
+            )
+    eager = base_predictor(merged, recipe, values["prompt"], origin=EAGER)
+    with ExitStack() as opened:
+        variants = {}
+        for name in (PLAIN, EAGER, *manifests):
+            variants[name] = Apart(partial(open_way, place, name, batch=batch))
+            opened.callback(variants[name].close)
+        return bench_predict(
+            variants,
+            _images(values["task"], recipe.size, batch),
+            case=f"predict-batch{batch}",
+            floor=find_floor(merged, eager),
+            precisions={name: manifest["precision"] for name, manifest in manifests.items()},
+            rounds=rounds,
+        )
 
 
 def _images(task: dict[str, Any], size: tuple[int, int], count: int) -> "np.ndarray":

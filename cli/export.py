@@ -44,6 +44,11 @@ if TYPE_CHECKING:
     help="Write one ONNX file from image to answer, for whatever runs ONNX; no bundle.",
 )
 @click.option("--name", help="Of the adapter, in such a bundle.  [default: the run's]")
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    help="Images that a call holds at most.  [default: the run's]",
+)
 @acceleration_option
 @runs_option
 @json_option
@@ -56,6 +61,7 @@ def command(
     into: Path | None,
     is_single: bool,
     name: str | None,
+    batch: int | None,
     acceleration: tuple[str, ...],
     runs: Path,
     as_json: bool,
@@ -73,19 +79,24 @@ def command(
     With --single-file, all is one ONNX file (default: RUN/bundles/onnx-fp32.onnx) that takes and
     gives pixels, and needs nothing of fewshot-rt.
     """
-    if into and out:
-        raise click.UsageError("--into adds to a bundle, --out makes one: give one of them.")
+    if into and (out or batch):
+        flag = "--out" if out else "--batch"
+        raise click.UsageError(f"--into adds to a bundle, {flag} is for a new one: leave one out.")
     place = find_run(run, runs)
     if is_single:
-        _require_single(engine, precision, device=device, out=out, into=into)
+        _require_single(engine, precision, device=device, out=out, into=into, batch=batch)
         path = out or place / "bundles" / "onnx-fp32.onnx"
         write_result(_write_single(place, path, acceleration=acceleration), as_json=as_json)
         return
     engine, precision = _choose(engine, precision, device=device, into=into)
     folder = into or out or place / "bundles" / f"{engine}-{precision}"
     from fewshot_rt.export.build import add_adapter, export_bundle
+    from fewshot_rt.export.bundle import read_manifest
 
-    base, adapter, shared = _open(place, precision, device=device, acceleration=acceleration)
+    batch = read_manifest(into)["recipe"]["batch"] if into else batch
+    base, adapter, shared = _open(
+        place, precision, device=device, acceleration=acceleration, batch=batch
+    )
     named = (name or place.resolve().name, adapter)
     if into:
         steps = add_adapter(base, named, folder=folder, **shared)
@@ -104,7 +115,13 @@ def command(
 
 
 def _require_single(
-    engine: str | None, precision: str, *, device: str, out: Path | None, into: Path | None
+    engine: str | None,
+    precision: str,
+    *,
+    device: str,
+    out: Path | None,
+    into: Path | None,
+    batch: int | None,
 ) -> None:
     """Require that nothing is asked for that one file cannot have. Raises: UsageError."""
     asked = {"--engine": engine or "onnx", "--precision": precision, "--device": device}
@@ -116,6 +133,8 @@ def _require_single(
             )
     if into:
         raise click.UsageError("--into adds to a bundle, and --single-file makes none.")
+    if batch:
+        raise click.UsageError("--single-file takes any number of images: leave out --batch.")
     if out and out.suffix != ".onnx":
         raise click.UsageError(f"--out {out}: the one file needs a name that ends in .onnx.")
 
@@ -154,11 +173,16 @@ def _choose(
 
 
 def _open(
-    place: Path, precision: str, *, device: str, acceleration: tuple[str, ...]
+    place: Path,
+    precision: str,
+    *,
+    device: str,
+    acceleration: tuple[str, ...],
+    batch: int | None = None,
 ) -> "tuple[Base, Adapter, dict[str, Any]]":
     """Open a run for what is built of it; give base, adapter, and what all ways to build take."""
     base, adapter, values = open_exact(place, device=device, acceleration=acceleration)
-    recipe = values["recipe"]
+    recipe = replace(values["recipe"], batch=batch or values["recipe"].batch)
     if acceleration:  # these LoRAs know noise alone
         recipe = replace(recipe, noise="seeded", trained_noise="seeded")
     shared = {

@@ -1,11 +1,13 @@
 """References: a clock that the test winds, counted FLOPs of known shapes, the eager predictor."""
 
 import json
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from fewshot_rt.benchmarks.record import Record, append_record, commit, read_rec
 from fewshot_rt.benchmarks.report import make_table, replace_block, update_document
 from fewshot_rt.benchmarks.run import bench_predict
 from fewshot_rt.benchmarks.timing import interleave, summarise
+from fewshot_rt.benchmarks.ways import Apart, open_way
 from fewshot_rt.codecs import Codec
-from fewshot_rt.errors import ConfigError, DataError, EngineError
+from fewshot_rt.errors import ConfigError, DataError, EngineError, FewshotError
 from fewshot_rt.export.parity import compare, require
 from fewshot_rt.predictor import Recipe
 from fewshot_rt.schedule import Schedule
@@ -175,7 +178,33 @@ def test_a_run_measures_all_variants_after_the_gate(tiny_base: Any) -> None:
     assert found.variants["eager"]["count"] == 3
     assert found.parity["slow"]["rel_l2"] == pytest.approx(1e-6, rel=0.2)
     assert set(found.parity) == {"slow"}
-    assert found.settings == {"rounds": 3, "warmup": 0, "size": [32, 32]}
+    assert found.settings == {"rounds": 3, "warmup": 0, "lead": 1, "size": [32, 32]}
+
+
+def double(pixels: np.ndarray) -> np.ndarray:
+    if pixels.max() > 1:
+        raise ConfigError("pixels are at most 1.")
+    if pixels.min() < -1:
+        os._exit(3)
+    return pixels * np.float32(2)
+
+
+def make_double() -> Callable[[np.ndarray], np.ndarray]:
+    return double
+
+
+def test_a_way_apart_answers_from_a_process_of_its_own() -> None:
+    way = Apart(make_double)
+    found = bench_predict({"eager": way}, images(), case="tiny", floor=FLOOR, rounds=2, warmup=0)
+    assert found.variants["eager"]["count"] == 2
+    np.testing.assert_array_equal(way(images()), double(images()))
+    with pytest.raises(ConfigError, match="at most 1"):
+        way(images() + 2)
+    way.close()
+    with pytest.raises(FewshotError, match="no-such-run"):
+        Apart(partial(open_way, Path("no-such-run"), "eager", batch=1))
+    with pytest.raises(EngineError, match="ended with status 3"):
+        Apart(make_double)(images() - 2)
 
 
 def test_without_parity_there_is_no_number(tiny_base: Any) -> None:

@@ -367,15 +367,6 @@ def test_bench_tasks_goes_on_and_draws_its_tables(run, workshop):
     assert records.read_text() == written
 
 
-def test_bench_without_a_name_is_latency(run):
-    assert run("bench", "no-such-run")[0] == 1
-    assert run("bench", "--rounds", "0")[0] == 2
-    status, out, _ = run("bench", "--help")
-    assert status == 0
-    assert "latency" in out
-    assert "tasks" in out
-
-
 def test_world_preview_is_a_moving_picture(run, tmp_path):
     from PIL import Image
 

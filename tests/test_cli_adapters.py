@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fewshot_rt.export.bundle import read_manifest
 from fewshot_rt.images import read_image
 
 TRAIN = ["--base", "base", "--batch", "2", "--variants", "2", "--rank", "4", "--steps", 3]
@@ -14,8 +15,9 @@ ONE, IMAGES = "runs/one/bundles/inductor-fp32", "pairs/test/input"
 
 def test_one_bundle_answers_two_tasks(exported: Any) -> None:
     run = exported
-    assert run("export", "one", "--engine", "inductor")[0] == 0
+    assert run("export", "one", "--engine", "inductor", "--batch", "3")[0] == 0
     assert run("train", "pairs", "--name", "two", "--seed", 1, "--rate", 0.05, *TRAIN)[0] == 0
+    assert read_manifest(Path(ONE))["recipe"]["batch"] == 3
     status, out, _ = run("export", "two", "--into", ONE, "--json")
     assert status == 0
     said = json.loads(out)
@@ -49,7 +51,8 @@ def check_refusals(run: Any) -> None:
         (2, ("export", "two", "--into", ONE), "has an adapter 'two' already. Give another --name"),
         (2, ("predict", IMAGES, "--model", ONE, "--adapter", "to"), "Did you mean 'two'"),
         (2, ("predict", IMAGES, "--model", "runs/two", "--adapter", "two"), "holds one adapter"),
-        (2, ("export", "two", "--into", ONE, "--out", "elsewhere"), "give one of them"),
+        (2, ("export", "two", "--into", ONE, "--out", "elsewhere"), "leave one out"),
+        (2, ("export", "two", "--into", ONE, "--batch", "3"), "--batch is for a new one"),
         (1, ("export", "two", "--into", onnx), "Export for 'aoti' or 'inductor'"),
         (1, ("export", "two", "--into", "pairs"), "is not a bundle"),
         (1, ("export", "one", "--engine", "aoti", "--precision", "fp8"), "fp8 is for GPUs"),

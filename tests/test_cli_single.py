@@ -55,6 +55,7 @@ def test_the_file_lies_beside_the_bundles_or_where_it_is_wanted(
         (["--precision", "int8"], "made with --precision fp32 alone, not int8"),
         (["--device", "cuda"], "made with --device cpu alone, not cuda"),
         (["--into", "runs/one/bundles/onnx-fp32"], "--single-file makes none"),
+        (["--batch", "2"], "takes any number of images"),
         (["--out", "folder"], "needs a name that ends in .onnx"),
     ],
 )

@@ -30,6 +30,10 @@ coders = {"int8": "bf16", "fp8": "bf16"}
 calibrated: tuple[str, ...] = ()
 devices = torch_devices
 
+# Earlier ones take the sizes of an example as fixed, unless the graph carries it where Dynamo's do,
+# and fail on sizes that were read from a file, so that such graphs are traced once more.
+KNOWS_SIZES = (2, 13)
+
 
 def missing() -> str | None:
     """Say why it cannot run here and what to install; None if it can."""
@@ -91,13 +95,16 @@ def compile_region(region: "ExportedProgram") -> "Callable[..., Sequence[Tensor]
 
     import torch
 
-    from fewshot_rt.export.compiled import quiet
+    from fewshot_rt.export.compiled import quiet, trace
 
+    is_early = tuple(map(int, torch.__version__.split(".")[:2])) < KNOWS_SIZES
+    if is_early:
+        most = max((int(r.upper) for r in region.range_constraints.values()), default=1)
+        region = trace(region.graph_module, most=most)
     # A copy: not every PyTorch leaves the graph as it was.
     graph = copy.deepcopy(region.graph_module)
     values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    # Where Inductor looks for the sizes that vary; without, PyTorch 2.11 takes them as fixed.
-    for node in graph.graph.output_node().all_input_nodes:
+    for node in graph.graph.output_node().all_input_nodes if is_early else ():
         node.meta["example_value"] = node.meta["val"]
     with quiet():
         compiled: Callable[..., Sequence[Tensor]] = torch._inductor.standalone_compile(
