@@ -58,6 +58,7 @@ def open_plain(
     """Open a model to be steered; give its folder and what is left for `steer`, too."""
     way = {name: value for name, value in way.items() if value}
     of_run = {name: way.pop(name) for name in ("offload", "acceleration") if name in way}
+    hint = way.pop("hint", None)
     if "offload" in of_run and device == "cpu":
         raise ConfigError("--offload brings blocks from the CPU to a GPU: give --device cuda.")
     is_run = of_run or "drop_after" in way
@@ -65,7 +66,9 @@ def open_plain(
     if (place / MANIFEST_FILE).is_file():
         from fewshot_rt.export.bundle import open_bundle
 
-        predictor = open_bundle(place, device=device)
+        predictor = open_bundle(place, device=device, hint=hint)
+    elif hint:
+        raise ConfigError(f"--hint is for bundles of openvino, and {place} is a run.")
     else:
         predictor = open_run(place, device=device, drops="drop_after" in way, **of_run)
     if "acceleration" in of_run:

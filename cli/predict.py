@@ -55,6 +55,11 @@ MOST_LISTED = 10
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
+    "--hint",
+    type=click.Choice(["latency", "throughput"]),
+    help="What a bundle of openvino favours: one image, or many.  [default: latency]",
+)
+@click.option(
     "--offload", is_flag=True, help="Bring a large base's blocks to the GPU one by one: slower."
 )
 @acceleration_option

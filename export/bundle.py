@@ -195,12 +195,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def open_bundle(path: Path, *, device: str = "cpu", threads: int | None = None) -> Predictor:
+def open_bundle(
+    path: Path, *, device: str = "cpu", threads: int | None = None, hint: str | None = None
+) -> Predictor:
     """Open a bundle as a predictor, after checking every file of it.
 
-    threads: of one call; None leaves it to the engine.
+    threads: of one call; None leaves it to the engine. hint: what the engine favours, one of its
+    `hints`.
     Raises: ModelError if it is missing or damaged; EngineError if its engine or the device is not
-    there.
+    there; ConfigError if the engine takes no such hint.
     """
     manifest = read_manifest(path)
     try:
@@ -216,10 +219,12 @@ def open_bundle(path: Path, *, device: str = "cpu", threads: int | None = None) 
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ConfigError) as error:
         raise ModelError(f"{path / MANIFEST} is damaged ({error!r}). {AGAIN}") from error
     engine = require_engine(engine_name)
-    runners = {
-        role: engine.load(path / files[role], signatures[role], device=device, threads=threads)
-        for role in ROLES
-    }
+    options: dict[str, Any] = {"device": device, "threads": threads}
+    if hint is not None:
+        if hint not in engine.hints:
+            raise ConfigError(f"engine {engine_name!r} takes no hint {hint!r}; openvino does.")
+        options["hint"] = hint
+    runners = {role: engine.load(path / files[role], signatures[role], **options) for role in ROLES}
     origin = f"{recipe.task} {engine_name}-{precision}"
     prompt = read_prompt(path / PROMPT)
     if not held:

@@ -36,7 +36,8 @@ class Engine(Protocol):
     which adapters are merged after loading. merged: precisions in which they are merged before
     building all the same. is_fixed: whether it builds for full batches alone.
     coders: the precision of encoder and decoder beside a denoiser's, where it is another.
-    calibrated: precisions whose scales `build` finds on examples.
+    calibrated: precisions whose scales `build` finds on examples. hints: what `load` can be told to
+    favour, as `hint`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Engine(Protocol):
     is_fixed: bool
     coders: Mapping[str, str]
     calibrated: tuple[str, ...]
+    hints: tuple[str, ...]
 
     def missing(self) -> str | None:
         """Say why it cannot run here and what to install, as two sentences; None if it can."""

@@ -51,6 +51,8 @@ def check_refusals(run: Any) -> None:
         (2, ("export", "two", "--into", ONE), "has an adapter 'two' already. Give another --name"),
         (2, ("predict", IMAGES, "--model", ONE, "--adapter", "to"), "Did you mean 'two'"),
         (2, ("predict", IMAGES, "--model", "runs/two", "--adapter", "two"), "holds one adapter"),
+        (2, ("predict", IMAGES, "--model", ONE, "--hint", "latency"), "takes no hint"),
+        (2, ("predict", IMAGES, "--model", "runs/two", "--hint", "latency"), "two is a run"),
         (2, ("export", "two", "--into", ONE, "--out", "elsewhere"), "leave one out"),
         (2, ("export", "two", "--into", ONE, "--batch", "3"), "--batch is for a new one"),
         (1, ("export", "two", "--into", onnx), "Export for 'aoti' or 'inductor'"),

@@ -142,6 +142,21 @@ def test_a_layer_outside_of_blocks_is_not_in_int8(built: Any) -> None:
                 assert ".blocks." in taker.get_node().get_friendly_name()
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_images_side_by_side_have_the_answers_that_they_have_alone(
+    role: str, frozen: Any, built: Any
+) -> None:
+    program, _ = frozen(role)
+    runner = engine.load(built(role, "fp32"), program.signature, threads=2, hint="throughput")
+    alone = engine.load(built(role, "fp32"), program.signature)
+    for seed in range(3):
+        given = program.signature.example(seed=seed, batch=BATCH)
+        found, expected = runner(given), alone(given)
+        for name, tensor in expected.items():
+            assert found[name].shape == tensor.shape
+        require(compare(expected, found), role=role, tolerance="fp32")
+
+
 def test_one_call_does_not_write_into_the_answer_of_another(frozen: Any, built: Any) -> None:
     program, eager = frozen("decoder")
     runner = engine.load(built("decoder", "fp32"), program.signature, threads=1)

@@ -29,6 +29,7 @@ merged: tuple[str, ...] = ()
 is_fixed = False
 coders = {"int8": "bf16", "fp8": "bf16"}
 calibrated: tuple[str, ...] = ()
+hints: tuple[str, ...] = ()
 devices = torch_devices
 
 # Threads are counted when the code runs, not when it is built.

@@ -28,6 +28,7 @@ merged: tuple[str, ...] = ()
 is_fixed = False
 coders: dict[str, str] = {}
 calibrated: tuple[str, ...] = ()
+hints: tuple[str, ...] = ()
 devices = torch_devices
 
 

@@ -28,6 +28,7 @@ merged: tuple[str, ...] = ()
 is_fixed = False
 coders = {"int8": "bf16", "fp8": "bf16"}
 calibrated: tuple[str, ...] = ()
+hints: tuple[str, ...] = ()
 devices = torch_devices
 
 # Earlier ones take the sizes of an example as fixed, unless the graph carries it where Dynamo's do,

@@ -22,6 +22,7 @@ is_fixed = False
 # Its kernels for processors know neither bf16 nor fp16.
 coders = {"int8": "fp32"}
 calibrated: tuple[str, ...] = ("int8",)
+hints: tuple[str, ...] = ()
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 HALVES = ("fp16", "bf16")

@@ -8,10 +8,12 @@ to keep to it; by itself it would take bf16 wherever a processor has it:
     int8   the linear layers of a denoiser's blocks in int8, the rest of it in fp32
 
 The network is compiled for each batch size that it is called with, which is faster than for any.
+With the hint "latency" all cores take one call together. With "throughput" the images of a call are
+answered side by side, each by a part of the cores, which many cores use better.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +37,7 @@ merged: tuple[str, ...] = ()
 is_fixed = False
 coders = {"int8": "bf16"}
 calibrated: tuple[str, ...] = ("int8",)
+hints: tuple[str, ...] = ("latency", "throughput")
 
 SAID = "fewshot-rt"  # where a file says what its arithmetic is
 CAPABILITIES = {"bf16": "BF16", "int8": "INT8"}
@@ -93,9 +96,14 @@ def build(program: "Program", path: Path, *, precision: str, examples: Examples 
 
 
 def load(
-    path: Path, signature: Signature, *, device: str = "cpu", threads: int | None = None
+    path: Path,
+    signature: Signature,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    hint: str = "latency",
 ) -> Runner:
-    """Open the two files on one device.
+    """Open the two files on one device. hint: one of `hints`.
 
     Raises: EngineError if the device is not there, or has no arithmetic of the file's precision;
     ModelError if a file is damaged.
@@ -116,12 +124,15 @@ def load(
         reason = str(error).strip().splitlines()[-1]
         raise ModelError(f"{path} is damaged ({reason}). {AGAIN}") from error
     _require_arithmetic(core, said["precision"], place)
-    # All cores for one call; cores are not kept, which another process may want.
-    way: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": said["rest"]}
-    if place == "CPU":
+    way: dict[str, Any] = {
+        "PERFORMANCE_HINT": hint.upper(),
+        "INFERENCE_PRECISION_HINT": said["rest"],
+    }
+    if place == "CPU":  # cores are not kept, which another process may want
         way["ENABLE_CPU_PINNING"] = False
         way |= {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-    return make_runner(signature, Compiled(core, model, signature, way=way, place=place))
+    kind = SideBySide if hint == "throughput" else Compiled
+    return make_runner(signature, kind(core, model, signature, way=way, place=place))
 
 
 class Compiled:
@@ -133,21 +144,56 @@ class Compiled:
         self._core, self._model, self._way, self._place = core, model, way, place
         self._names = [spec.name for spec in signature.inputs]
         self._outputs = [spec.name for spec in signature.outputs]
+        self.varies = [isinstance(spec.axes[0], str) for spec in signature.inputs]
         self.requests: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def __call__(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
         """Take and give arrays in the order of the signature."""
         key = tuple(tensor.shape for tensor in tensors)
         if key not in self.requests:
-            model = self._model.clone()
-            model.reshape(dict(zip(self._names, map(list, key), strict=True)))
-            compiled = self._core.compile_model(model, self._place, self._way)
-            self.requests[key] = compiled.create_infer_request()
+            self.requests[key] = self._compile(key).create_infer_request()
         request = self.requests[key]
-        given = (np.ascontiguousarray(tensor) for tensor in tensors)
-        request.infer(dict(zip(self._names, given, strict=True)))
-        # Copies: the next call writes into the same memory.
+        request.infer(self._named(tensors))
+        return self._copies(request)
+
+    def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        model = self._model.clone()
+        model.reshape(dict(zip(self._names, map(list, shapes), strict=True)))
+        return self._core.compile_model(model, self._place, self._way)
+
+    def _named(self, tensors: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self._names, map(np.ascontiguousarray, tensors), strict=True))
+
+    def _copies(self, request: Any) -> list[np.ndarray]:
+        """Take what came out; the next call writes into the same memory."""
         return [np.array(request.get_tensor(output).data) for output in self._outputs]
+
+
+class SideBySide(Compiled):
+    """Runs the images of a call as calls of one each, as many at once as OpenVINO finds best."""
+
+    def __call__(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
+        """Take and give arrays in the order of the signature."""
+        with without_telemetry():
+            import openvino
+
+        counts = [len(t) for t, varies in zip(tensors, self.varies, strict=True) if varies]
+        rows = [
+            [
+                tensor[row : row + 1] if varies else tensor
+                for tensor, varies in zip(tensors, self.varies, strict=True)
+            ]
+            for row in range(max(counts))
+        ]
+        key = tuple(tensor.shape for tensor in rows[0])
+        if key not in self.requests:
+            self.requests[key] = openvino.AsyncInferQueue(self._compile(key))
+        queue, found = self.requests[key], [[] for _ in rows]
+        queue.set_callback(lambda request, row: found[row].extend(self._copies(request)))
+        for row, given in enumerate(rows):
+            queue.start_async(self._named(given), row)
+        queue.wait_all()
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 
 @contextmanager

@@ -32,6 +32,7 @@ is_live = True
 is_fixed = True
 coders = {"int8": "fp16", "fp8": "bf16"}
 calibrated: tuple[str, ...] = ("int8", "fp8")
+hints: tuple[str, ...] = ()
 # Adapters are merged before these are built: TensorRT rounds weights when it builds, once for all.
 merged: tuple[str, ...] = ("int8", "fp8")
 
