@@ -73,8 +73,8 @@ def live_of(runner: "Runner") -> "LiveWeights":
     live: Any = getattr(runner, "live", None)
     if live is None:
         raise EngineError(
-            "the weights of this engine are part of its code. Export for 'aoti' or 'inductor' to "
-            "change adapters in place."
+            "the weights of this engine are part of its code. Export for 'aoti', 'inductor' or "
+            "'trt' to change adapters in place."
         )
     found: LiveWeights = live
     return found

@@ -55,7 +55,7 @@ def check_refusals(run: Any) -> None:
         (2, ("predict", IMAGES, "--model", "runs/two", "--hint", "latency"), "two is a run"),
         (2, ("export", "two", "--into", ONE, "--out", "elsewhere"), "leave one out"),
         (2, ("export", "two", "--into", ONE, "--batch", "3"), "--batch is for a new one"),
-        (1, ("export", "two", "--into", onnx), "Export for 'aoti' or 'inductor'"),
+        (1, ("export", "two", "--into", onnx), "Export for 'aoti', 'inductor' or 'trt'"),
         (1, ("export", "two", "--into", "pairs"), "is not a bundle"),
         (1, ("export", "one", "--engine", "aoti", "--precision", "fp8"), "fp8 is for GPUs"),
     ]

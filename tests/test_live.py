@@ -219,9 +219,9 @@ def test_an_engine_with_weights_in_its_code_says_so(
     }  # it is merged into this base by now
     require(compare(expected, {"image": predictor.answer(pictures(2))}), role="", tolerance="fp32")
     assert not predictor.adapters
-    with pytest.raises(EngineError, match="Export for 'aoti' or 'inductor'"):
+    with pytest.raises(EngineError, match="Export for 'aoti', 'inductor' or 'trt'"):
         live_of(predictor.runners["denoiser"])
-    with pytest.raises(EngineError, match="Export for 'aoti' or 'inductor'"):
+    with pytest.raises(EngineError, match="Export for 'aoti', 'inductor' or 'trt'"):
         list(add_adapter(make_tiny_base(), ("two", adapter[1]), **shared))
 
 
