@@ -165,7 +165,8 @@ def test_on_cuda_a_graph_holds_the_kernel_with_its_launch(
         traced = make_fx(lambda *t: _on_cuda(*t, None, 0.125, "ieee"))(*tensors)
     (node,) = (n for n in traced.graph.nodes if "triton_kernel" in str(n.target))
     launch = launches.launch_for("sm_90", dtype=torch.bfloat16, width=64, precision="ieee")
-    assert node.kwargs["grid"] == [(3 * 2 * 3, 1, 1)]
+    # Five blocks of 64 queries for each head.
+    assert (launch.query_block, node.kwargs["grid"]) == (64, [(5 * 2 * 3, 1, 1)])
     assert node.kwargs["kwargs"]["QUERY_BLOCK"] == launch.query_block
     (config,) = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).configs
     assert (config.num_warps, config.num_stages) == (launch.warps, launch.stages)

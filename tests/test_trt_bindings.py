@@ -279,8 +279,8 @@ def test_the_plugin_passes_tensorrts_own_checks(place: Path, name: str, dtype: s
     assert found["shape"] == sizes[0]
     assert found["formats"] == [True] * 4
     launch = found["launch"]
-    # Two blocks of 128 queries a head, four warps.
-    assert launch["grid_x"] == 2 * batch * heads
+    # Three blocks of 64 queries a head, four warps.
+    assert launch["grid_x"] == 3 * batch * heads
     assert launch["block_x"] == 128
     assert 0 < launch["shared_mem"] <= 48 << 10
     assert {launch[f"{of}_{axis}"] for of in ("grid", "block") for axis in "yz"} == {1}
