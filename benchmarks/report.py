@@ -134,7 +134,8 @@ def _caption(record: Record) -> str:
     machine, floor, versions = record.machine, record.floor, record.versions
     count = int(next(iter(record.variants.values()))["count"])
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
-    lead = ", each after one that is not timed" if record.settings.get("lead") else ""
+    lead = record.settings.get("lead")
+    lead = f", each after {lead} that are not timed" if lead else ""
     return (
         f"{record.images} images a call, {count} calls each, in turns{lead}. Floor: "
         f"{floor['floor_ms']:.1f} ms ({floor['flops'] / 1e9:.1f} GFLOP at "

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 ENGINES = "fewshot_rt.export.engines"
 Examples = Sequence[Mapping[str, np.ndarray]]
-# Fastest first, by the records of `bench` on a processor; on a GPU nothing has been measured yet.
+# Fastest first, by the records of `bench` on a processor; on a GPU they have not been compared yet.
 FASTEST = {
-    "cpu": ("aoti", "openvino", "eager", "onnx"),
+    "cpu": ("openvino", "aoti", "eager", "onnx"),
     "cuda": ("trt", "aoti", "onnx", "eager"),
 }
 AGAIN = "Export it again: fewshot-rt export."

@@ -178,7 +178,7 @@ def test_a_run_measures_all_variants_after_the_gate(tiny_base: Any) -> None:
     assert found.variants["eager"]["count"] == 3
     assert found.parity["slow"]["rel_l2"] == pytest.approx(1e-6, rel=0.2)
     assert set(found.parity) == {"slow"}
-    assert found.settings == {"rounds": 3, "warmup": 0, "lead": 1, "size": [32, 32]}
+    assert found.settings == {"rounds": 3, "warmup": 0, "lead": 3, "size": [32, 32]}
 
 
 def double(pixels: np.ndarray) -> np.ndarray:
