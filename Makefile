@@ -38,7 +38,8 @@ bench: $(STAMP)  ## latency of the latest run; adds a record to benchmarks/resul
 
 # Checks, then measures on a GPU; REHEARSE=1 runs the same on the CPU at tiny sizes. The package is
 # linked together in build/site, so that it also runs where nothing can be installed: there, BARE=1
-# takes the Python at hand. ARGS: further options, such as ARGS='--only attention --results FOLDER'.
+# takes the Python at hand. ARGS: further options, such as ARGS='--only attention --results FOLDER',
+# or, where minutes count, ARGS=--at-once: parts compile side by side, and are measured in turns.
 SITE := build/site/fewshot_rt
 gpu: $(if $(BARE),,$(STAMP))
 	rm -rf build/site && mkdir -p $(SITE)

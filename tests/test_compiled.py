@@ -55,7 +55,15 @@ def test_a_package_answers_at_every_batch(
     check(*decoder, aoti.load(decoder_file, decoder[0].signature), "fp32")
 
 
-@pytest.mark.parametrize(("engine", "ours"), [("inductor", False), ("aoti", True)])
+@pytest.mark.parametrize(
+    ("engine", "ours"),
+    [
+        ("inductor", False),
+        ("aoti", True),
+        pytest.param("inductor", True, marks=pytest.mark.exhaustive),
+        pytest.param("aoti", False, marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_compiles(
     family: str,
@@ -65,7 +73,7 @@ def test_every_family_compiles(
     make_text_encoder: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One engine keeps torch's attention, the other has ours with norms and rotary embeddings."""
+    """With torch's attention, and with ours, which has norms and rotary embeddings in it."""
     if ours:
         everywhere = partial(compiled.prepare, ours=lambda _: True, normed=True)
         monkeypatch.setattr(compiled, "prepare", everywhere)
