@@ -1,7 +1,8 @@
 """One command that checks, then measures on a GPU, prints short tables last, and keeps records.
 
 `make gpu`, or `python -m fewshot_rt.benchmarks.gpu`. Sections: checks; attention at the sizes of
-all bases; denoisers at full size with random weights; answers from file to file. Without a GPU
+all bases; denoisers at full size with random weights; answers from file to file; and if it is asked
+for, `launches`, the configurations of our attention. Without a GPU
 `--rehearse` runs all of it to the last line on the CPU, at tiny sizes; its figures say nothing, and
 are kept nowhere.
 """
@@ -96,7 +97,8 @@ def main(
             return
         options = ["--minutes", str(minutes), "--engine", engine, "--results", str(folder)]
         options += ["--rehearse"] if rehearse else []
-        yield from run_shares(list(_shares(sections, words(bases))), options)
+        named = words(bases) or (MEASURED[:1] if rehearse else MEASURED)
+        yield from run_shares(list(_shares(sections, named)), options)
 
     outcomes = carry_out(begin, results, is_rehearsal=rehearse)
     if turns:
@@ -110,11 +112,11 @@ def _shares(sections: Sequence[str], bases: Sequence[str]) -> Iterator[Share]:
     """Give each section a process, and each base's denoiser: those compile the longest."""
     for section in sections:
         if section != "denoiser":
-            options = ["--only", section, *(["--bases", ",".join(bases)] if bases else [])]
+            options = ["--only", section, "--bases", ",".join(bases)]
             yield Share(name=section, options=options, is_waited=section == "checks")
             continue
-        for base in bases or MEASURED:
-            name = f"{section} {base.rpartition('/')[2]}"
+        for base in dict.fromkeys(bases):
+            name = f"{section} {base.replace('/', ' ')}"
             options = ["--only", section, "--bases", base]
             yield Share(name=name, options=options, is_waited=True)
 

@@ -100,20 +100,23 @@ def time_calls(
 
     Raises: EngineError if torch's own choice fails, by which the others are judged.
     """
-    truth, place = _truth(*values), stage.device
+    place = stage.device
     count = min(MOST_CALLS, math.ceil(TIMED_FLOP / shape.flop)) if place == "cuda" else 1
     parity: dict[str, Parity] = {}
     failed: dict[str, str] = {}
     timed: dict[str, Callable[[], Any]] = {}
-    for name, call in calls.items():
-        found, reason = attempt(partial(_prepare, call, truth, parity.get(DEFAULT), count, place))
-        if found is None:
-            failed[name] = reason
-        else:
-            timed[name], parity[name] = found
-    if DEFAULT not in timed:
-        raise EngineError(f"torch's own attention failed: {failed[DEFAULT]}")
     with stage.alone():
+        truth = _truth(*values)
+        for name, call in calls.items():
+            found, reason = attempt(
+                partial(_prepare, call, truth, parity.get(DEFAULT), count, place)
+            )
+            if found is None:
+                failed[name] = reason
+            else:
+                timed[name], parity[name] = found
+        if DEFAULT not in timed:
+            raise EngineError(f"torch's own attention failed: {failed[DEFAULT]}")
         summaries = time_in_turns(timed, rounds=stage.rounds, device=place)
     return stage.record(
         kind=kind,

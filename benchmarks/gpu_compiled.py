@@ -41,7 +41,6 @@ CUDNN_FIRST = [
     SDPBackend.MATH,
 ]
 
-
 # Regions ready to compile, how they are called, and the attentions that were swapped in them.
 Cut = tuple[dict[str, ExportedProgram], Plan, tuple[Site, ...]]
 

@@ -19,6 +19,7 @@ from fewshot_rt.export.parity import KERNEL_RATIO, TOLERANCES, Parity, compare, 
 from .gpu_bases import Subject, count_pass, list_shapes
 from .gpu_clock import LARGE, SMALL, measure_peaks, time_in_turns
 from .gpu_compiled import COMPILERS, Denoising, Variant, open_random, recorded
+from .gpu_turns import COMPILED, TIMED
 from .gpu_units import Stage, Unit, attempt, free_memory, list_bases
 from .record import Record
 from .timing import Summary
@@ -72,16 +73,18 @@ def measure(subject: Subject, stage: Stage) -> Iterator[Record]:
     progress = Progress()
     build_core(denoising, progress, truths)
     free_memory(stage)
-    stage.wait_for_others(TIMING_SECONDS)
+    stage.wait_for_others(COMPILED, TIMING_SECONDS)
     core = list(_ways(denoising, progress))
     for batch in BATCHES:
         with stage.alone():
             record = _time(subject, denoising, progress, truths, names=core, batch=batch)
         yield record
+    stage.wait_for_others(TIMED, VARIANT_SECONDS)
     progress.failed.clear()
+    progress.skipped.clear()
     build_others(denoising, progress)
     others = [name for name in _ways(denoising, progress) if name not in core]
-    for batch in BATCHES if others or progress.failed else ():
+    for batch in BATCHES if others or progress.failed or progress.skipped else ():
         with stage.alone():
             record = _time(
                 subject, denoising, progress, truths, names=[EAGER, *others], batch=batch
@@ -199,9 +202,9 @@ def _time(
             "weights": "bf16",
             "engine": stage.engine,
             "attention": progress.attention,
-            "swapped": progress.swapped,
+            "swapped": dict(progress.swapped),
             "failed": failed,
-            "skipped": progress.skipped,
+            "skipped": dict(progress.skipped),
         },
         **_speeds(summaries, counted.flop * batch, stage),
     )

@@ -7,16 +7,20 @@ from .markdown import table
 from .record import Record
 
 ATTENTION, ANSWERS = "gpu-attention", "gpu-answer"  # names of the tables
-OTHERS = (gpu_attention.CUDNN, "flash", "flex")
+OTHERS = (gpu_attention.DEFAULT, gpu_attention.CUDNN, "flash", "flex")
 
 
 def newest(records: Sequence[Record], kind: str) -> list[Record]:
-    """Give the newest measured record of each case and part, of one kind."""
+    """Give the newest measured record of each case and part, of one kind, on the newest's GPU."""
+    measured = [
+        record
+        for record in records
+        if record.kind == kind and record.variants and not record.settings.get("rehearsal")
+    ]
     found: dict[tuple[str, str], Record] = {}
-    for record in records:
-        settings = record.settings
-        if record.kind == kind and record.variants and not settings.get("rehearsal"):
-            found[record.case, str(settings.get("part", ""))] = record
+    for record in sorted(measured, key=lambda record: record.date):
+        if record.machine.get("gpu") == max(measured, key=_date).machine.get("gpu"):
+            found[record.case, str(record.settings.get("part", ""))] = record
     return list(found.values())
 
 
@@ -25,18 +29,20 @@ def make_attention_table(records: Sequence[Record]) -> str:
     rows = []
     for record in sorted(records, key=lambda record: record.floor["flops"]):
         variants = record.variants
-        ours = variants[gpu_attention.OURS]
+        ours = variants.get(gpu_attention.OURS)
         more = (
-            f"{variants[name]['median_ms'] / ours['median_ms']:.2f}x" if name in variants else "-"
+            f"{variants[name]['median_ms'] / ours['median_ms']:.2f}x"
+            if ours and name in variants
+            else "-"
             for name in OTHERS
         )
         size = record.case.removeprefix("attention, ")
-        rows.append([size, f"{ours['median_ms']:.3g} ms", f"{ours['tflops']:.0f}", *more])
+        own = (f"{ours['median_ms']:.3g} ms", f"{ours['tflops']:.0f}") if ours else ("failed", "-")
+        rows.append([size, *own, *more])
     headings = ["queries x keys", "ours", "TFLOP/s", *OTHERS]
     count = next(iter(records[0].variants.values()))["count"]
-    return (
-        f"{table(headings, rows)}\n\nbf16, batch 1; medians of {count} timings; {_origin(records)}"
-    )
+    caption = f"bf16, batch 1; medians of {count} timings; {_origin(records)}"
+    return f"{table(headings, rows)}\n\n{caption}"
 
 
 def make_answer_table(records: Sequence[Record]) -> str:
@@ -52,9 +58,13 @@ def make_answer_table(records: Sequence[Record]) -> str:
 
 def _origin(records: Sequence[Record]) -> str:
     """Say what was measured, on what, when."""
-    last = records[-1]
+    last = max(records, key=_date)
     return (
         f"{last.machine['gpu']}; torch {last.versions['torch']}, triton "
         f"{last.settings['triton']}, cuDNN {last.settings['cudnn']}; {last.date[:10]}, commit "
         f"{last.commit or 'unknown'}."
     )
+
+
+def _date(record: Record) -> str:
+    return record.date

@@ -16,9 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .gpu_units import Outcome
+from .machine import count_cores
 from .record import Record
 
 POLL_SECONDS = 0.2
+# What is compiled first, and timed; then what else is compiled.
+COMPILED, TIMED = "compiled", "timed"
+PHASES = (COMPILED, TIMED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +46,14 @@ class Turns:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def wait_for_others(self, until: float) -> None:
-        """Say that this process has compiled, and wait for the others to. until: by monotonic."""
-        _mark_ready(Path(self.folder), self.name)
+    def wait_for_others(self, phase: str, until: float) -> None:
+        """Say that a phase of this process is done, and wait for the others' to be.
+
+        phase: one of `PHASES`. until: by monotonic.
+        """
+        _ready(Path(self.folder), self.name, phase).touch()
         while time.monotonic() < until:
-            if all(_ready(Path(self.folder), name).exists() for name in self.waited):
+            if all(_ready(Path(self.folder), name, phase).exists() for name in self.waited):
                 return
             time.sleep(POLL_SECONDS)
 
@@ -69,30 +76,34 @@ def run_shares(shares: Sequence[Share], options: Sequence[str]) -> Iterator[Outc
     """Run a process of `make gpu` for each share, and yield what came of each as it ends.
 
     options: that all are called with.
+    Raises: ValueError if two shares have one name.
     """
+    if len({share.name for share in shares}) < len(shares):
+        raise ValueError(f"shares need names of their own: {[share.name for share in shares]}")
     waited = [share.name for share in shares if share.is_waited]
     with tempfile.TemporaryDirectory() as kept:
-        running = {}
-        for share in shares:
-            turns = Turns(folder=kept, name=share.name, waited=waited)
-            command = [sys.executable, "-m", "fewshot_rt.benchmarks.gpu", *options, *share.options]
-            command += ["--share", json.dumps(asdict(turns))]
-            # Their tables stay away: there will be one of all.
-            running[share.name] = subprocess.Popen(
-                command, env=_environment(len(shares)), stdout=subprocess.DEVNULL
-            )
+        running: dict[str, subprocess.Popen[bytes]] = {}
         try:
+            for share in shares:
+                turns = Turns(folder=kept, name=share.name, waited=waited)
+                command = [sys.executable, "-m", "fewshot_rt.benchmarks.gpu"]
+                command += [*options, *share.options, "--share", json.dumps(asdict(turns))]
+                # Their tables stay away: there will be one of all.
+                running[share.name] = subprocess.Popen(
+                    command, env=_environment(len(shares)), stdout=subprocess.DEVNULL
+                )
             while running:
-                for name in [
-                    name for name, process in running.items() if process.poll() is not None
-                ]:
+                for name in [n for n, process in running.items() if process.poll() is not None]:
                     status = running.pop(name).returncode
-                    _mark_ready(Path(kept), name)
+                    for phase in PHASES:
+                        _ready(Path(kept), name, phase).touch()
                     yield from _outcomes(_report(Path(kept), name), name, status)
                 time.sleep(POLL_SECONDS)
         finally:
             for process in running.values():
                 process.terminate()
+            for process in running.values():
+                process.wait()
 
 
 def _outcomes(path: Path, name: str, status: int) -> list[Outcome]:
@@ -107,18 +118,14 @@ def _outcomes(path: Path, name: str, status: int) -> list[Outcome]:
 
 def _environment(count: int) -> dict[str, str]:
     """Give each of `count` processes its part of the cores, and more to compile with: it waits."""
-    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    threads = max(1, count_cores() // count)
     own = {"TORCHINDUCTOR_COMPILE_THREADS": str(2 * threads), "OMP_NUM_THREADS": str(threads)}
     return own | dict(os.environ)
 
 
-def _ready(folder: Path, name: str) -> Path:
-    return folder / f"{name}.ready"
+def _ready(folder: Path, name: str, phase: str) -> Path:
+    return folder / f"{name}.{phase}"
 
 
 def _report(folder: Path, name: str) -> Path:
     return folder / f"{name}.json"
-
-
-def _mark_ready(folder: Path, name: str) -> None:
-    _ready(folder, name).touch()

@@ -61,10 +61,10 @@ class Stage:
         """Keep other processes of `make gpu` from the GPU for a while."""
         return self.turns.alone() if self.turns else nullcontext()
 
-    def wait_for_others(self, seconds: float) -> None:
-        """Wait for other processes to have compiled, as long as so much time is left after it."""
+    def wait_for_others(self, phase: str, seconds: float) -> None:
+        """Wait for other processes' phase to be done, as long as so much time is left after it."""
         if self.turns:
-            self.turns.wait_for_others(self.deadline - seconds)
+            self.turns.wait_for_others(phase, self.deadline - seconds)
 
     def record(self, *, settings: Mapping[str, Any], **fields: Any) -> Record:
         """Make a record that also says what else decides its figures."""

@@ -36,7 +36,7 @@ def describe_machine() -> Machine:
     """Describe the machine at hand."""
     return Machine(
         cpu=_cpu(),
-        cores=_cores(),
+        cores=count_cores(),
         memory_gib=_memory_gib(),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
@@ -53,7 +53,8 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cores() -> int:
+def count_cores() -> int:
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -55,8 +55,9 @@ def append_record(record: Record, folder: Path = RESULTS) -> Path:
     line = json.dumps(record.to_dict(), ensure_ascii=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        # At once, so that lines of processes that measure side by side do not mix.
+        with path.open("ab", buffering=0) as file:
+            file.write(line.encode())
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
     return path

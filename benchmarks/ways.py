@@ -42,16 +42,12 @@ def open_way(place: Path, name: str, *, batch: int) -> "Answer":
 
 def _open_plain(place: Path, batch: int) -> "Answer":
     """Open the loop that one would write with diffusers, the adapter attached."""
-    from fewshot_rt.adapter import Adapter
-    from fewshot_rt.bases import open_base
-    from fewshot_rt.runs import open_merged
+    from fewshot_rt.runs import open_exact
 
     from .plain import plain_loop
 
-    _, _, values = open_merged(place)
-    train = values["train"]
-    base = open_base(train["base"], weights="fp32", vae=train.get("vae"))
-    Adapter.load(place).attach(base)
+    base, adapter, values = open_exact(place)
+    adapter.attach(base)
     recipe = replace(values["recipe"], batch=batch)
     return plain_loop(base, prompt=values["prompt"], recipe=recipe, decode=base.decode)
 
@@ -59,43 +55,47 @@ def _open_plain(place: Path, batch: int) -> "Answer":
 class Apart:
     """A way to answer in a process of its own, which ends with `close`.
 
-    make: opens it there; it must be possible to pickle it.
+    name: of the way, for messages. make: opens it there; it must be possible to pickle it.
     Raises: the FewshotError with which it cannot be opened or does not answer; EngineError if its
     process ends.
     """
 
-    def __init__(self, make: "Callable[[], Answer]") -> None:
+    def __init__(self, name: str, make: "Callable[[], Answer]") -> None:
         context = multiprocessing.get_context("spawn")
+        self._name = name
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
         self._process.start()
         theirs.close()
-        self._receive()
+        self._wait(lambda: None)
 
     def __call__(self, images: "Floats") -> "Floats":
         """Answer. Shapes: images, result [B, 3, H, W]."""
-        self._pipe.send(images)
-        answers: Floats = self._receive()
+        answers: Floats = self._wait(lambda: self._pipe.send(images))
         return answers
 
     def again(self) -> None:
         """Answer the same images once more; the answers stay there."""
-        self._pipe.send(None)
-        self._receive()
+        self._wait(lambda: self._pipe.send(None))
 
     def close(self) -> None:
         """End the process."""
         self._pipe.close()
         self._process.join()
 
-    def _receive(self) -> Any:
+    def _wait(self, ask: Callable[[], None]) -> Any:
+        """Ask for something, and give what comes back."""
         try:
+            ask()
             found = self._pipe.recv()
-        except EOFError as error:
-            self._process.join()
-            status = self._process.exitcode
-            raise EngineError(f"its process ended with status {status}.") from error
+        except (EOFError, OSError) as error:
+            self.close()
+            raise EngineError(
+                f"{self._name}: its process ended with status {self._process.exitcode}. What it "
+                "printed says why; measure the others without it."
+            ) from error
         if isinstance(found, FewshotError):
+            self.close()
             raise found
         return found
 
@@ -103,7 +103,7 @@ class Apart:
 def _serve(pipe: Connection, make: "Callable[[], Answer]") -> None:
     """Answer what comes, until nothing can come any more."""
     images: Any = None
-    with suppress(EOFError, BrokenPipeError):
+    with suppress(EOFError, ConnectionError):
         try:
             answer = make()
             pipe.send(None)

@@ -17,6 +17,7 @@ from .progress import say, show_table
 if TYPE_CHECKING:
     import numpy as np
 
+    from fewshot_rt.benchmarks.floor import Floor
     from fewshot_rt.benchmarks.record import Record
 
 
@@ -56,36 +57,46 @@ def command(
 
 
 def _measure(place: Path, *, batch: int, rounds: int) -> "Record":
-    from fewshot_rt.benchmarks.floor import find_floor
     from fewshot_rt.benchmarks.run import bench_predict
     from fewshot_rt.benchmarks.ways import EAGER, PLAIN, Apart, open_way
-    from fewshot_rt.export.bundle import read_manifest
-    from fewshot_rt.runs import base_predictor, bundles_of, open_merged
+    from fewshot_rt.export.bundle import read_manifest, read_recipe
+    from fewshot_rt.runs import bundles_of
 
-    merged, _, values = open_merged(place)
-    recipe = replace(values["recipe"], batch=batch)
-    manifests = {bundle.name: read_manifest(bundle) for bundle in bundles_of(place)}
-    for name, manifest in manifests.items():
-        most = manifest["recipe"]["batch"]
+    bundles = {bundle.name: bundle for bundle in bundles_of(place)}
+    for name, bundle in bundles.items():
+        most = read_recipe(bundle).batch
         if batch > most:
             raise ConfigError(
                 f"bundle {name} holds {most} images a call. Give --batch {most} or less, or export "
                 f"it with --batch {batch}."
             )
-    eager = base_predictor(merged, recipe, values["prompt"], origin=EAGER)
+    # A large base is here while its arithmetic is counted, and gone before others open it.
+    floor, images = _prepare(place, batch)
     with ExitStack() as opened:
         variants = {}
-        for name in (PLAIN, EAGER, *manifests):
-            variants[name] = Apart(partial(open_way, place, name, batch=batch))
+        for name in (PLAIN, EAGER, *bundles):
+            variants[name] = Apart(name, partial(open_way, place, name, batch=batch))
             opened.callback(variants[name].close)
         return bench_predict(
             variants,
-            _images(values["task"], recipe.size, batch),
+            images,
             case=f"predict-batch{batch}",
-            floor=find_floor(merged, eager),
-            precisions={name: manifest["precision"] for name, manifest in manifests.items()},
+            floor=floor,
+            precisions={name: read_manifest(path)["precision"] for name, path in bundles.items()},
             rounds=rounds,
         )
+
+
+def _prepare(place: Path, batch: int) -> "tuple[Floor, np.ndarray]":
+    """Count what an answer takes at least, and read images. Shapes: images [B, 3, H, W]."""
+    from fewshot_rt.benchmarks.floor import find_floor
+    from fewshot_rt.runs import base_predictor, open_merged
+
+    merged, _, values = open_merged(place)
+    recipe = replace(values["recipe"], batch=batch)
+    images = _images(values["task"], recipe.size, batch)
+    eager = base_predictor(merged, recipe, values["prompt"], origin="eager")
+    return find_floor(merged, eager), images
 
 
 def _images(task: dict[str, Any], size: tuple[int, int], count: int) -> "np.ndarray":

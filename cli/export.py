@@ -91,9 +91,9 @@ def command(
     engine, precision = _choose(engine, precision, device=device, into=into)
     folder = into or out or place / "bundles" / f"{engine}-{precision}"
     from fewshot_rt.export.build import add_adapter, export_bundle
-    from fewshot_rt.export.bundle import read_manifest
+    from fewshot_rt.export.bundle import read_recipe
 
-    batch = read_manifest(into)["recipe"]["batch"] if into else batch
+    batch = read_recipe(into).batch if into else batch
     base, adapter, shared = _open(
         place, precision, device=device, acceleration=acceleration, batch=batch
     )

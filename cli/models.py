@@ -44,8 +44,8 @@ def open_model(
 ) -> tuple[Predictor, Path]:
     """Open a model as a predictor; give its folder too.
 
-    steps, is_sampled, way: see `steer`; and, for runs alone, drop_after, offload and acceleration,
-    see `Recipe` and `open_run`.
+    steps, is_sampled, way: see `steer`; for runs alone, drop_after, offload and acceleration, see
+    `Recipe` and `open_run`; for bundles alone, hint, see `open_bundle`.
     Raises: ModelError, EngineError; ConfigError if something is asked for that is of no use here.
     """
     predictor, place, way = open_plain(given, runs, device=device, **way)
@@ -55,7 +55,10 @@ def open_model(
 def open_plain(
     given: Path | None, runs: Path, *, device: str = "cpu", **way: Any
 ) -> tuple[Predictor, Path, dict[str, Any]]:
-    """Open a model to be steered; give its folder and what is left for `steer`, too."""
+    """Open a model to be steered; give its folder and what is left for `steer`, too.
+
+    way, Raises: as of `open_model`.
+    """
     way = {name: value for name, value in way.items() if value}
     of_run = {name: way.pop(name) for name in ("offload", "acceleration") if name in way}
     hint = way.pop("hint", None)
@@ -68,7 +71,10 @@ def open_plain(
 
         predictor = open_bundle(place, device=device, hint=hint)
     elif hint:
-        raise ConfigError(f"--hint is for bundles of openvino, and {place} is a run.")
+        raise ConfigError(
+            f"--hint is for bundles of openvino, and {place} is a run. Leave it out, or export "
+            "the run for openvino."
+        )
     else:
         predictor = open_run(place, device=device, drops="drop_after" in way, **of_run)
     if "acceleration" in of_run:

@@ -57,7 +57,7 @@ MOST_LISTED = 10
 @click.option(
     "--hint",
     type=click.Choice(["latency", "throughput"]),
-    help="What a bundle of openvino favours: one image, or many.  [default: latency]",
+    help="What a bundle of openvino favours: each image, or a full batch.  [default: latency]",
 )
 @click.option(
     "--offload", is_flag=True, help="Bring a large base's blocks to the GPU one by one: slower."

@@ -195,6 +195,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def read_recipe(folder: Path) -> Recipe:
+    """Read how a bundle answers, without opening it.
+
+    Raises: ModelError if there is none, or it is damaged or of another format.
+    """
+    try:
+        return Recipe.from_dict(read_manifest(folder)["recipe"])
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise ModelError(f"{folder / MANIFEST} is damaged ({error!r}). {AGAIN}") from error
+
+
 def open_bundle(
     path: Path, *, device: str = "cpu", threads: int | None = None, hint: str | None = None
 ) -> Predictor:
@@ -222,7 +233,10 @@ def open_bundle(
     options: dict[str, Any] = {"device": device, "threads": threads}
     if hint is not None:
         if hint not in engine.hints:
-            raise ConfigError(f"engine {engine_name!r} takes no hint {hint!r}; openvino does.")
+            raise ConfigError(
+                f"{path} is for engine {engine_name!r}, which takes no hint {hint!r}. Leave it "
+                "out, or export for 'openvino'."
+            )
         options["hint"] = hint
     runners = {role: engine.load(path / files[role], signatures[role], **options) for role in ROLES}
     origin = f"{recipe.task} {engine_name}-{precision}"

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 ENGINES = "fewshot_rt.export.engines"
 Examples = Sequence[Mapping[str, np.ndarray]]
-# Fastest first, by the records of `bench` on a processor; on a GPU they have not been compared yet.
+# Fastest first at one image a call, by the records of `bench` on a processor; on a GPU they have
+# not been compared yet.
 FASTEST = {
     "cpu": ("openvino", "aoti", "eager", "onnx"),
     "cuda": ("trt", "aoti", "onnx", "eager"),

@@ -56,6 +56,7 @@ def _register(name: str, *, is_packed: bool) -> None:
             shape=shapes[0],
             key_length=shapes[1][2],
             is_packed=is_packed,
+            capability=capability_here(),
         )
         launch = trtp.KernelLaunchParams()
         launch.grid_x, launch.block_x = ptx.blocks, ptx.threads
@@ -65,11 +66,16 @@ def _register(name: str, *, is_packed: bool) -> None:
 
 def architecture_here() -> str:
     """Name the architecture of the GPU at hand. Raises: ValueError if the kernel has none."""
-    import torch
-
     from fewshot_rt.kernels.launches import architecture
 
-    return architecture(torch.cuda.get_device_capability())
+    return architecture(capability_here())
+
+
+def capability_here() -> tuple[int, int]:
+    """Give the compute capability of the GPU at hand."""
+    import torch
+
+    return torch.cuda.get_device_capability()
 
 
 def _by_heads(sizes: tuple[int, ...], is_packed: bool) -> tuple[int, int, int, int]:

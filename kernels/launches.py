@@ -139,7 +139,7 @@ ARCHITECTURES = {
         },
         rows=_ROWS,
     ),
-    # B200: tcgen05, accumulators in tensor memory; in bf16 as on H100, in tf32 two stages spill.
+    # B200: tcgen05, accumulators in tensor memory; in bf16 as on A100, in tf32 two stages spill.
     # From 64 queries on, Triton 3.7 sends products in full fp32 to the matrix cores, as tf32.
     "sm_100": Architecture(
         shared_bytes=227 << 10,

@@ -149,10 +149,12 @@ def attention_ptx(
     shape: tuple[int, int, int, int],
     key_length: int,
     is_packed: bool,
+    capability: tuple[int, int] | None = None,
 ) -> Ptx:
     """Compile the kernel for one GPU and one set of shapes, without Triton's own parameters.
 
-    dtype: of `TYPES`. shape, is_packed: see `constants`.
+    dtype: of `TYPES`. shape, is_packed: see `constants`. capability: of the GPU, if it is another
+    than the one that the architecture is named after: PTX for 8.9 does not load on 8.6.
     Raises: ValueError if there is no launch for the width, or a parameter of Triton's is used.
     """
     launch = modest_launch(architecture, shape[3])
@@ -176,7 +178,7 @@ def attention_ptx(
         knobs.compilation.disable_line_info = True
         compiled = triton.compile(
             source,
-            target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
+            target=GPUTarget("cuda", _target(architecture, capability), 32),
             options={"num_warps": launch.warps, "num_stages": launch.stages},
         )
     name, text = _own_parameters(compiled.asm["ptx"])
@@ -187,6 +189,13 @@ def attention_ptx(
         threads=_threads(text),
         shared_bytes=compiled.metadata.shared,
     )
+
+
+def _target(architecture: str, capability: tuple[int, int] | None) -> int:
+    """Give the number that Triton knows a GPU by."""
+    if capability is None:
+        return int(architecture.removeprefix("sm_"))
+    return 10 * capability[0] + capability[1]
 
 
 def _threads(text: str) -> int:

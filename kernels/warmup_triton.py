@@ -24,7 +24,6 @@ def compile_all(calls: Sequence[Callable[[Any], Any]], kernel: Any) -> None:
 
     calls: each takes the kernel.
     """
-    cores = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(cores) as pool, AsyncCompileMode(pool, ignore_errors=True):
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for call in calls:
             call(Warmup(kernel))

@@ -194,17 +194,21 @@ def make_double() -> Callable[[np.ndarray], np.ndarray]:
 
 
 def test_a_way_apart_answers_from_a_process_of_its_own() -> None:
-    way = Apart(make_double)
+    way = Apart("double", make_double)
     found = bench_predict({"eager": way}, images(), case="tiny", floor=FLOOR, rounds=2, warmup=0)
     assert found.variants["eager"]["count"] == 2
     np.testing.assert_array_equal(way(images()), double(images()))
     with pytest.raises(ConfigError, match="at most 1"):
         way(images() + 2)
-    way.close()
     with pytest.raises(FewshotError, match="no-such-run"):
-        Apart(partial(open_way, Path("no-such-run"), "eager", batch=1))
-    with pytest.raises(EngineError, match="ended with status 3"):
-        Apart(make_double)(images() - 2)
+        Apart("eager", partial(open_way, Path("no-such-run"), "eager", batch=1))
+    way = Apart("double", make_double)
+    with pytest.raises(EngineError, match="double: its process ended with status 3"):
+        way(images() - 2)
+    # Whatever is asked after the end, too.
+    for ask in (way.again, partial(way, images())):
+        with pytest.raises(EngineError, match="double: its process ended"):
+            ask()
 
 
 def test_without_parity_there_is_no_number(tiny_base: Any) -> None:

@@ -70,7 +70,7 @@ def test_an_onnx_bundle_answers_as_eager_does(tiny_base: Any, tmp_path: Path) ->
     for count in (1, 2, 3):
         expected, given = (p.answer(pictures(count)) for p in (reference, predictor))
         require(compare({"image": expected}, {"image": given}), role="all", tolerance="fp32")
-    with pytest.raises(ConfigError, match="'onnx' takes no hint 'throughput'"):
+    with pytest.raises(ConfigError, match="'onnx', which takes no hint 'throughput'"):
         open_bundle(folder, hint="throughput")
     check_full_decode(tiny_base, predictor)
     check_manifest(folder)

@@ -23,7 +23,7 @@ from fewshot_rt.bases import open_base
 from fewshot_rt.errors import EngineError, ModelError
 from fewshot_rt.export import compiled
 from fewshot_rt.export.engine import get_engine
-from fewshot_rt.export.engines import aoti
+from fewshot_rt.export.engines import aoti, inductor
 from fewshot_rt.export.parity import compare, require
 from fewshot_rt.export.program import Program
 from fewshot_rt.predictor import Runner
@@ -84,6 +84,15 @@ def test_every_family_compiles(
     path = tmp_path / f"denoiser{tool.suffix}"
     tool.build(program, path, precision="fp32")
     check(program, eager, tool.load(path, program.signature), "fp32")
+
+
+def test_a_program_for_an_earlier_pytorch_is_traced_once_more(
+    decoder: tuple[Program, Runner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "KNOWS_SIZES", (99, 0))
+    path = tmp_path / "decoder.inductor"
+    inductor.build(decoder[0], path, precision="fp32")
+    check(*decoder, inductor.load(path, decoder[0].signature), "fp32")
 
 
 def test_a_package_starts_where_there_is_no_compiler(

@@ -21,6 +21,7 @@ from fewshot_rt.benchmarks import (
     gpu_checks,
     gpu_clock,
     gpu_denoiser,
+    gpu_launches,
     gpu_units,
 )
 from fewshot_rt.benchmarks.gpu import USUAL, main
@@ -44,6 +45,7 @@ from fewshot_rt.benchmarks.record import RESULTS, read_records
 from fewshot_rt.cards import find_card
 from fewshot_rt.costs import Video, measure_pass
 from fewshot_rt.export.compiled import quiet
+from fewshot_rt.kernels.launches import ARCHITECTURES, launch_for
 
 LTX, WAN = "Lightricks/LTX-Video", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
 
@@ -119,7 +121,7 @@ def test_processes_compile_side_by_side_and_report_to_one(tmp_path: Path) -> Non
     assert result.exit_code == 1
     records = read_records(tmp_path)
     assert [record.kind for record in records] == [gpu_denoiser.KIND] * 4
-    assert "denoiser base: its process ended with status 1 and no report" in result.stdout
+    assert "denoiser no base: its process ended with status 1 and no report" in result.stdout
     assert "| LTX-Video | 4 | eager |" in result.stdout
 
 
@@ -317,3 +319,16 @@ def test_on_a_gpu_calls_are_recorded_and_events_give_seconds(
     five = gpu_clock.repeated(work, 5, device="cuda")
     summary = gpu_clock.time_in_turns({"five": five}, rounds=3, device="cuda")["five"]
     assert (summary.median_ms, summary.p10_ms, summary.count) == pytest.approx((10, 10, 3))
+
+
+def test_launches_that_are_tried_fit_the_gpu() -> None:
+    for name, width in (("sm_90", 64), ("sm_90", 128), ("sm_89", 128)):
+        most = ARCHITECTURES[name].shared_bytes
+        found = gpu_launches.candidates(width, most)
+        assert len(set(found)) == len(found) > 10
+        assert all(
+            2 * width * (one.query_block + 2 * one.key_block * one.stages) <= most for one in found
+        )
+        assert {one.query_block // one.warps for one in found} == {16, 32}
+    used = launch_for("sm_90", dtype=torch.bfloat16, width=128, precision="ieee")
+    assert used in gpu_launches.candidates(128, ARCHITECTURES["sm_90"].shared_bytes)

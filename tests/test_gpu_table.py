@@ -111,7 +111,7 @@ def test_documents_show_the_newest_record_of_each_case(
     records = newest([old, new, measured(9.0)], gpu_attention.KIND)
     assert records == [new]
     shown = make_attention_table(records)
-    assert "| owner/base | 2 ms | 400 | 1.50x | 2.00x | - |" in shown
+    assert "| owner/base | 2 ms | 400 | - | 1.50x | 2.00x | - |" in shown
     assert "medians of 5 timings; a card; torch 2, triton 3, cuDNN 9" in shown
     told = {"from few": {"extrapolated_ms": 1234.0}}
     answer = make_outcome(gpu_answer.KIND, told, part="few", triton="3", cudnn=9).record

@@ -227,7 +227,7 @@ class Builder:
 trt.get_plugin_registry = Registry
 trt.IDimensionExpr, trt.DimsExprs = Constant, lambda count: [None] * count
 from fewshot_rt.export import trt_plugin
-trt_plugin.architecture_here = lambda: "sm_90"
+trt_plugin.capability_here = lambda: (9, 0)
 trt_plugin.register()
 trt_plugin.register()
 

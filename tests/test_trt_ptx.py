@@ -50,6 +50,20 @@ def test_it_is_within_what_plugins_may_have(architecture: str, width: int, tmp_p
     assert int(re.search(r"Used (\d+) registers", usage)[1]) <= 255  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "capability", "target"),
+    [("sm_89", (8, 6), "sm_86"), ("sm_89", None, "sm_89"), ("sm_80", (8, 7), "sm_87")],
+)
+def test_it_is_for_the_gpu_at_hand(
+    architecture: str, capability: tuple[int, int] | None, target: str
+) -> None:
+    """A GPU loads no PTX that is for a later one; launches are those of its kind."""
+    ptx = attention_ptx(
+        architecture, "bf16", shape=SHAPE, key_length=77, is_packed=True, capability=capability
+    )
+    assert f".target {target}" in ptx.text
+
+
 def assemble(ptx: ptx_triton.Ptx, folder: Path) -> str:
     """Assemble the text as a driver would; give what ptxas says of it."""
     (folder / "kernel.ptx").write_text(ptx.text)

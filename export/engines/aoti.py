@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewshot_rt.errors import EngineError, ModelError
-from fewshot_rt.export.engine import Examples, missing_compiler, missing_package, torch_devices
+from fewshot_rt.export.engine import (
+    AGAIN,
+    Examples,
+    missing_compiler,
+    missing_package,
+    torch_devices,
+)
 from fewshot_rt.predictor import Runner
 from fewshot_rt.spec import Signature
 
@@ -112,5 +118,5 @@ def open_region(
             io.BytesIO(content), run_single_threaded=is_alone
         )
     except RuntimeError as error:
-        raise ModelError(f"{path} is damaged ({error}). Export it again.") from error
+        raise ModelError(f"{path} is damaged ({error}). {AGAIN}") from error
     return opened

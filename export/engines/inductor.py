@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewshot_rt.errors import ModelError
-from fewshot_rt.export.engine import Examples, missing_compiler, missing_package, torch_devices
+from fewshot_rt.export.engine import (
+    AGAIN,
+    Examples,
+    missing_compiler,
+    missing_package,
+    torch_devices,
+)
 from fewshot_rt.predictor import Runner
 from fewshot_rt.spec import Signature
 
@@ -120,5 +126,5 @@ def _open_region(content: bytes, path: Path) -> "Callable[..., Sequence[Tensor]]
     try:
         region = torch.export.load(io.BytesIO(content))
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} is damaged ({error}). Export it again.") from error
+        raise ModelError(f"{path} is damaged ({error}). {AGAIN}") from error
     return compile_region(region)

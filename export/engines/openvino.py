@@ -132,6 +132,9 @@ def load(
         way["ENABLE_CPU_PINNING"] = False
         way |= {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
     kind = SideBySide if hint == "throughput" else Compiled
+    if kind is SideBySide:
+        most = max((most for _, _, most in signature.sizes.values()), default=1)
+        way["PERFORMANCE_HINT_NUM_REQUESTS"] = most
     return make_runner(signature, kind(core, model, signature, way=way, place=place))
 
 
@@ -170,13 +173,13 @@ class Compiled:
 
 
 class SideBySide(Compiled):
-    """Runs the images of a call as calls of one each, as many at once as OpenVINO finds best."""
+    """Runs the images of a call as calls of one each, as many at once as OpenVINO finds best.
+
+    That is at most a full batch, which OpenVINO is told.
+    """
 
     def __call__(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
         """Take and give arrays in the order of the signature."""
-        with without_telemetry():
-            import openvino
-
         counts = [len(t) for t, varies in zip(tensors, self.varies, strict=True) if varies]
         rows = [
             [
@@ -187,6 +190,8 @@ class SideBySide(Compiled):
         ]
         key = tuple(tensor.shape for tensor in rows[0])
         if key not in self.requests:
+            import openvino  # it is there already: a model is
+
             self.requests[key] = openvino.AsyncInferQueue(self._compile(key))
         queue, found = self.requests[key], [[] for _ in rows]
         queue.set_callback(lambda request, row: found[row].extend(self._copies(request)))
