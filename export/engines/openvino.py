@@ -193,7 +193,8 @@ class SideBySide(Compiled):
             import openvino  # it is there already: a model is
 
             self.requests[key] = openvino.AsyncInferQueue(self._compile(key))
-        queue, found = self.requests[key], [[] for _ in rows]
+        queue = self.requests[key]
+        found: list[list[np.ndarray]] = [[] for _ in rows]
         queue.set_callback(lambda request, row: found[row].extend(self._copies(request)))
         for row, given in enumerate(rows):
             queue.start_async(self._named(given), row)
