@@ -1,7 +1,6 @@
 """References: a clock that the test winds, counted FLOPs of known shapes, the eager predictor."""
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tiny.bundles import eager_predictor
+from tiny.doubling import double, make_double
 
 from fewshot_rt.benchmarks import floor as floor_module
 from fewshot_rt.benchmarks.floor import Floor, count_bytes, count_flops, find_floor
@@ -179,18 +179,6 @@ def test_a_run_measures_all_variants_after_the_gate(tiny_base: Any) -> None:
     assert found.parity["slow"]["rel_l2"] == pytest.approx(1e-6, rel=0.2)
     assert set(found.parity) == {"slow"}
     assert found.settings == {"rounds": 3, "warmup": 0, "lead": 3, "size": [32, 32]}
-
-
-def double(pixels: np.ndarray) -> np.ndarray:
-    if pixels.max() > 1:
-        raise ConfigError("pixels are at most 1.")
-    if pixels.min() < -1:
-        os._exit(3)
-    return pixels * np.float32(2)
-
-
-def make_double() -> Callable[[np.ndarray], np.ndarray]:
-    return double
 
 
 def test_a_way_apart_answers_from_a_process_of_its_own() -> None:

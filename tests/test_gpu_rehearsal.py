@@ -174,6 +174,7 @@ def test_a_swapped_graph_that_is_wrong_is_neither_chosen_nor_timed(
         return runner, sites
 
     monkeypatch.setattr(Denoising, "build", build_wrong)
+    monkeypatch.setattr(gpu_denoiser, "build_others", lambda *_: None)
     result = rehearse(tmp_path, "--only", "denoiser", "--bases", LTX)
     assert result.exit_code == 1
     for record in read_records(tmp_path)[:2]:
