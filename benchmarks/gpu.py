@@ -2,9 +2,8 @@
 
 `make gpu`, or `python -m fewshot_rt.benchmarks.gpu`. Sections: checks; attention at the sizes of
 all bases; denoisers at full size with random weights; answers from file to file; and if it is asked
-for, `launches`, the configurations of our attention. Without a GPU
-`--rehearse` runs all of it to the last line on the CPU, at tiny sizes; its figures say nothing, and
-are kept nowhere.
+for, `launches`, the configurations of our attention. Without a GPU `--rehearse` runs all of it to
+the last line on the CPU, at tiny sizes; its figures say nothing, and are kept nowhere.
 """
 
 import json

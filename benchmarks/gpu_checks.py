@@ -19,7 +19,6 @@ from fewshot_rt.cards import BOX, find_card
 from fewshot_rt.errors import EngineError
 from fewshot_rt.export.compiled import PlanRunner
 from fewshot_rt.export.live import LiveWeights, Update
-from fewshot_rt.export.parity import KERNEL_RATIO
 from fewshot_rt.kernels import reference
 from fewshot_rt.kernels.attention import attention
 from fewshot_rt.kernels.normed import ACROSS_HEADS, PER_HEAD, normed_attention
@@ -35,7 +34,7 @@ from .gpu_compiled import (
     recorded,
 )
 from .gpu_ptx import check_ptx
-from .gpu_units import Stage, Unit, require_diffusers
+from .gpu_units import Stage, Unit, require_diffusers, require_level
 from .record import Record
 
 KIND = "gpu-checks"
@@ -100,16 +99,7 @@ def check_operator(cases: Sequence[Case], stage: Stage) -> dict[str, float]:
     for number, case in enumerate(cases):
         torch.manual_seed(number)
         ours, torchs, truth = _compute(case, stage.device)
-        size = float(truth.norm())
-        errors = [float((found.cpu().double() - truth).norm()) / size for found in (ours, torchs)]
-        ratio = errors[0] / (errors[1] + FLOOR / KERNEL_RATIO)
-        # Written so that NaN fails.
-        if not ratio <= KERNEL_RATIO:
-            raise EngineError(
-                f"{case} errs by {errors[0]:.1e}, torch in the same type by {errors[1]:.1e}; "
-                f"{KERNEL_RATIO:g} times that is allowed."
-            )
-        worst = max(worst, ratio)
+        worst = max(worst, require_level(ours, torchs, truth, str(case), FLOOR))
     return {"worst_ratio": worst, "cases": len(cases)}
 
 

@@ -138,7 +138,7 @@ def cut_regions(program: Program, variant: Variant) -> Cut:
     sites = swap_attention(lifted.module) if variant.attention == "ours" else ()
     lower(lifted, variant.precision)
     graphs, plan = cut(lifted)
-    most = max(most for _, _, most in program.signature.sizes.values())
+    most = program.signature.most
     with quiet():
         regions = {name: trace(graph, most=most) for name, graph in graphs.items()}
     return regions, plan, sites

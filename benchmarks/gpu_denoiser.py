@@ -75,21 +75,14 @@ def measure(subject: Subject, stage: Stage) -> Iterator[Record]:
     free_memory(stage)
     stage.wait_for_others(COMPILED, TIMING_SECONDS)
     core = list(_ways(denoising, progress))
-    for batch in BATCHES:
-        with stage.alone():
-            record = _time(subject, denoising, progress, truths, names=core, batch=batch)
-        yield record
+    yield from _time_batches(subject, denoising, progress, truths, core)
     stage.wait_for_others(TIMED, VARIANT_SECONDS)
     progress.failed.clear()
     progress.skipped.clear()
     build_others(denoising, progress)
     others = [name for name in _ways(denoising, progress) if name not in core]
-    for batch in BATCHES if others or progress.failed or progress.skipped else ():
-        with stage.alone():
-            record = _time(
-                subject, denoising, progress, truths, names=[EAGER, *others], batch=batch
-            )
-        yield record
+    if others or progress.failed or progress.skipped:
+        yield from _time_batches(subject, denoising, progress, truths, [EAGER, *others])
 
 
 def build_core(denoising: Denoising, progress: Progress, truths: Mapping[int, Tensor]) -> None:
@@ -149,6 +142,20 @@ def choose(denoising: Denoising, progress: Progress, truths: Mapping[int, Tensor
         return next(iter(right), "torch")
     summaries = time_in_turns(right, rounds=CHOICE_ROUNDS, device=stage.device)
     return min(summaries, key=lambda kind: summaries[kind].median_ms)
+
+
+def _time_batches(
+    subject: Subject,
+    denoising: Denoising,
+    progress: Progress,
+    truths: Mapping[int, Tensor],
+    names: Sequence[str],
+) -> Iterator[Record]:
+    """Compare and time variants with each batch, other processes kept from the GPU."""
+    for batch in BATCHES:
+        with denoising.stage.alone():
+            record = _time(subject, denoising, progress, truths, names=names, batch=batch)
+        yield record
 
 
 @torch.inference_mode()

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fewshot_rt.errors import EngineError
-from fewshot_rt.export.parity import KERNEL_RATIO
 from fewshot_rt.kernels import reference
 from fewshot_rt.kernels.declaration import architecture_of
 
-from .gpu_units import Stage
+from .gpu_units import Stage, require_level
 
 if TYPE_CHECKING:
     from fewshot_rt.kernels.ptx_triton import Ptx
@@ -113,14 +112,7 @@ def _compare(ptx: "Ptx", values: Sequence[Tensor], case: str) -> float:
         launch(ptx, (scaled, key, value, ours))
     else:
         ours = scaled_dot_product_attention(scaled, key, value, scale=1.0)
-    size = float(truth.norm())
-    errors = [float((found.cpu().double() - truth).norm()) / size for found in (ours, torchs)]
-    if not errors[0] <= KERNEL_RATIO * errors[1]:  # so that NaN fails
-        raise EngineError(
-            f"as PTX, {case} errs by {errors[0]:.1e}, torch by {errors[1]:.1e}; {KERNEL_RATIO:g} "
-            "times that is allowed."
-        )
-    return errors[0] / errors[1]
+    return require_level(ours, torchs, truth, f"as PTX, {case}", floor=0.0)
 
 
 def _require(status: int, what: str) -> None:

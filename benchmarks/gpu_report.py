@@ -14,14 +14,16 @@ def newest(records: Sequence[Record], kind: str) -> list[Record]:
     """Give the newest measured record of each case and part, of one kind, on the newest's GPU."""
     measured = [
         record
-        for record in records
+        for record in sorted(records, key=_date)
         if record.kind == kind and record.variants and not record.settings.get("rehearsal")
     ]
-    found: dict[tuple[str, str], Record] = {}
-    for record in sorted(measured, key=lambda record: record.date):
-        if record.machine.get("gpu") == max(measured, key=_date).machine.get("gpu"):
-            found[record.case, str(record.settings.get("part", ""))] = record
-    return list(found.values())
+    return list(
+        {
+            (record.case, str(record.settings.get("part", ""))): record
+            for record in measured
+            if record.machine.get("gpu") == measured[-1].machine.get("gpu")
+        }.values()
+    )
 
 
 def make_attention_table(records: Sequence[Record]) -> str:

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import torch
+from torch import Tensor
 
 from fewshot_rt.errors import ConfigError, EngineError, FewshotError
+from fewshot_rt.export.parity import KERNEL_RATIO
 
 from .gpu_bases import Subject
 from .record import RESULTS, Record, append_record
@@ -143,6 +145,25 @@ def carry_out(
         except FewshotError as error:
             raise click.ClickException(str(error)) from error
     return outcomes
+
+
+def require_level(ours: Tensor, torchs: Tensor, truth: Tensor, what: str, floor: float) -> float:
+    """Require that we err at most `KERNEL_RATIO` times as much as torch in the same type does.
+
+    truth: on the CPU in fp64. floor: a relative error that is allowed in any case.
+    Give the ratio of the errors.
+    Raises: EngineError that names `what`.
+    """
+    size = float(truth.norm())
+    errors = [float((found.cpu().double() - truth).norm()) / size for found in (ours, torchs)]
+    ratio = errors[0] / (errors[1] + floor / KERNEL_RATIO)
+    # Written so that NaN fails.
+    if not ratio <= KERNEL_RATIO:
+        raise EngineError(
+            f"{what} errs by {errors[0]:.1e}, torch in the same type by {errors[1]:.1e}; "
+            f"{KERNEL_RATIO:g} times that is allowed."
+        )
+    return ratio
 
 
 def words(text: str) -> list[str]:

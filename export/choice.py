@@ -11,6 +11,7 @@ from fewshot_rt.kernels.declaration import HAS_TRITON
 from fewshot_rt.kernels.swap import Site
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Call = Callable[[], object]
 BATCH = 2  # of the example; what varies with the batch grows for both alike
 WARMUPS, ROUNDS = 3, 9
 
@@ -50,22 +51,27 @@ class Measured:
             for length in lengths
         ]
         ours: Attend = torch.ops.fewshot_rt.attention
-        for _ in range(WARMUPS):
-            ours(*tensors)
-            _torchs(*tensors)
-        ratios = [self._time(ours, tensors) / self._time(_torchs, tensors) for _ in range(ROUNDS)]
-        return sorted(ratios)[ROUNDS // 2]
+        return ratio_of_times(lambda: ours(*tensors), lambda: _torchs(*tensors), measure=self._time)
 
-    def _time(self, attend: Attend, tensors: list[Tensor]) -> float:
+    def _time(self, call: Call) -> float:
         self._wait()
         started = time.perf_counter()
-        attend(*tensors)
+        call()
         self._wait()
         return time.perf_counter() - started
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def ratio_of_times(ours: Call, theirs: Call, *, measure: Callable[[Call], float]) -> float:
+    """Give the median over rounds of our time over theirs. measure: gives the time of a call."""
+    for _ in range(WARMUPS):
+        ours()
+        theirs()
+    ratios = [measure(ours) / measure(theirs) for _ in range(ROUNDS)]
+    return sorted(ratios)[ROUNDS // 2]
 
 
 def _torchs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fewshot_rt.kernels.swap import Site, swap_attention
 from fewshot_rt.spec import Signature
 
 from .choice import Measured
-from .cuda_graphs import Recorded, Run
+from .cuda_graphs import Recorded, Run, run_on_arrays
 from .engine import AGAIN, make_runner, require_device, require_same
 from .lifted import Lifted, Weight, lift
 from .live import LiveWeights, compact
@@ -60,16 +60,13 @@ class PlanRunner:
         self._regions, self._plan, self._spent = regions, plan, plan.spent()
         is_on_gpu = torch.device(device).type == "cuda"
         self._start: Run = Recorded(self.run) if is_on_gpu else self.run
-        self._runner = make_runner(signature, self._run)
+        self._runner = make_runner(
+            signature, lambda arrays: run_on_arrays(self._start, arrays, self.device)
+        )
 
     def __call__(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Take and give arrays by name, as the signature has them."""
         return self._runner(tensors)
-
-    @torch.inference_mode()
-    def _run(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
-        inputs = [torch.from_numpy(tensor).to(self.device) for tensor in tensors]
-        return [result.cpu().numpy() for result in self._start(inputs)]
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Call the regions in turn. Shapes: as the signature of the role says."""
@@ -114,7 +111,7 @@ def prepare(
             raise EngineError(f"the denoiser cannot be compiled: {error}") from error
     lower(lifted, precision)
     regions, plan = cut(lifted, whole=whole)
-    most = max((most for _, _, most in program.signature.sizes.values()), default=1)
+    most = program.signature.most
     with quiet():
         traced = {name: trace(region, most=most) for name, region in regions.items()}
     return traced, plan, lifted

@@ -7,6 +7,7 @@ next call.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,3 +51,12 @@ class Recorded:
         if key not in self._graphs:
             self._graphs[key] = CudaGraph(self._run, inputs)
         return self._graphs[key](inputs)
+
+
+@torch.inference_mode()
+def run_on_arrays(
+    start: Run, arrays: Sequence[np.ndarray], device: str | torch.device
+) -> list[np.ndarray]:
+    """Run a function of tensors of a device on arrays."""
+    inputs = [torch.from_numpy(array).to(device) for array in arrays]
+    return [result.cpu().numpy() for result in start(inputs)]

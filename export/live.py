@@ -73,16 +73,24 @@ class LiveWeights:
             raise ModelError(f"the adapter changes {name}, which this bundle does not have.")
         if name not in self._pristine:
             self._pristine[name] = self._read(name).to(self._device)
-        shape = list(self._pristine[name].flatten(1).shape)
-        given = [len(update.up), update.down.flatten(1).shape[1]]
-        if shape != given:
-            raise ModelError(f"the adapter's {name} is {given}, and this bundle's is {shape}.")
+        require_shape(name, update, self._pristine[name], holder="bundle")
 
 
 def _own(tensor: Tensor, source: Tensor) -> Tensor:
     """Give a tensor that does not share the memory of its source, which may be a file's."""
     is_shared = tensor.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
     return tensor.clone() if is_shared else tensor
+
+
+def require_shape(name: str, update: Update, weight: Tensor, *, holder: str) -> None:
+    """Require that an update is for a weight of this shape. holder: what has it, for the message.
+
+    Raises: ModelError.
+    """
+    shape = list(weight.flatten(1).shape)
+    given = [len(update.up), update.down.flatten(1).shape[1]]
+    if shape != given:
+        raise ModelError(f"the adapter's {name} is {given}, and this {holder}'s is {shape}.")
 
 
 def merged(source: Tensor, update: Update) -> Tensor:

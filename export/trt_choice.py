@@ -13,13 +13,14 @@ from torch import Tensor
 from fewshot_rt.kernels.declaration import HAS_TRITON
 from fewshot_rt.spec import Signature, TensorSpec
 
+from .choice import Call, ratio_of_times
 from .onnx_trt import Site, put_plugin, write_model, write_one_attention
 from .trt_network import build_plan
 from .trt_plugin import architecture_here, register
 from .trt_runtime import EngineRunner, open_plan
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-WARMUPS, ROUNDS, CALLS = 3, 9, 20
+CALLS = 20  # that are timed together
 
 
 class Measured:
@@ -49,11 +50,7 @@ class Measured:
                 self._build(site, Path(folder), is_ours=is_ours) for is_ours in (False, True)
             )
         inputs = [torch.randn(shape, device=self._device).to(site.type) for shape in site.shapes]
-        for _ in range(WARMUPS):
-            ours(inputs)
-            theirs(inputs)
-        ratios = [_time_ms(ours, inputs) / _time_ms(theirs, inputs) for _ in range(ROUNDS)]
-        return sorted(ratios)[ROUNDS // 2]
+        return ratio_of_times(lambda: ours(inputs), lambda: theirs(inputs), measure=_time_ms)
 
     def _build(self, site: Site, folder: Path, *, is_ours: bool) -> Run:
         """Build an engine of one attention."""
@@ -92,7 +89,7 @@ def can_be_ours(site: Site) -> bool:
         return False
 
 
-def _time_ms(run: Run, inputs: Sequence[Tensor]) -> float:
+def _time_ms(call: Call) -> float:
     """Time a few calls in a row."""
     start, end = (
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -100,7 +97,7 @@ def _time_ms(run: Run, inputs: Sequence[Tensor]) -> float:
     )
     start.record()
     for _ in range(CALLS):
-        run(inputs)
+        call()
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end))

@@ -22,7 +22,7 @@ from fewshot_rt.errors import EngineError, ModelError
 from fewshot_rt.files import whole
 
 from .engine import AGAIN
-from .live import Update, merged
+from .live import Update, merged, require_shape
 from .parity import compare, require
 
 if TYPE_CHECKING:
@@ -126,10 +126,7 @@ class RefitWeights:
     def _require(self, name: str, update: Update) -> None:
         if name not in self._slots:
             raise ModelError(f"the adapter changes {name}, which this engine keeps as it is.")
-        expected = list(self._read(name).flatten(1).shape)
-        given = [len(update.up), update.down.flatten(1).shape[1]]
-        if expected != given:
-            raise ModelError(f"the adapter's {name} is {given}, and this engine's is {expected}.")
+        require_shape(name, update, self._read(name), holder="engine")
 
     @torch.no_grad()
     def _fill(self, place: str) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fewshot_rt.errors import EngineError, ModelError
 from fewshot_rt.spec import Signature
 
-from .cuda_graphs import Recorded
+from .cuda_graphs import Recorded, run_on_arrays
 from .engine import AGAIN, make_runner, require_same
 from .trt_network import make_log, version_here
 from .trt_refit import Fill, RefitWeights
@@ -82,17 +82,14 @@ class EngineRunner:
         self._context = engine.create_execution_context(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
-        self._runner = make_runner(signature, self._run)
-        self._recorded = Recorded(self.run)
+        self._recorded = Recorded(self.run)  # anew after weights are
+        self._runner = make_runner(
+            signature, lambda arrays: run_on_arrays(self._recorded, arrays, self._device)
+        )
 
     def __call__(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Take and give arrays by name, as the signature has them."""
         return self._runner(tensors)
-
-    @torch.inference_mode()
-    def _run(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
-        inputs = [torch.from_numpy(tensor).to(self._device) for tensor in tensors]
-        return [result.cpu().numpy() for result in self._recorded(inputs)]
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run on dense tensors of the device, on the current stream, without copies.

@@ -90,6 +90,11 @@ class Signature:
     outputs: tuple[TensorSpec, ...]
     sizes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
+    @property
+    def most(self) -> int:
+        """Give the greatest size of any axis that varies; 1 if none does."""
+        return max((most for _, _, most in self.sizes.values()), default=1)
+
     def shape(self, spec: TensorSpec, **sizes: int) -> tuple[int, ...]:
         """Give the shape of a tensor at the usual sizes, or at those given by axis name."""
         return tuple(

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto
-from tiny.bundles import freeze
+from tiny.bundles import frozen_roles
 
 from fewshot_rt.errors import EngineError
 from fewshot_rt.export import onnx_graph
@@ -32,15 +32,7 @@ LINEAR = 10
 @pytest.fixture(scope="module")
 def frozen(make_tiny_base: Callable[..., Any]) -> Callable[[str], tuple[Program, Runner]]:
     """A function that gives the program of a role, and the eager runner that is its reference."""
-    base = make_tiny_base(LAYERS)
-    made: dict[str, tuple[Program, Runner]] = {}
-
-    def find(role: str) -> tuple[Program, Runner]:
-        if role not in made:
-            made[role] = freeze(base, role, size=(32, 32), frames=5)
-        return made[role]
-
-    return find
+    return frozen_roles(make_tiny_base(LAYERS))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import openvino
 import pytest
-from tiny.bundles import freeze
+from tiny.bundles import freeze, frozen_roles
 from tiny.families import FAMILIES
 
 from fewshot_rt.bases import open_base
@@ -29,14 +29,7 @@ LINEAR = 10  # of a block: eight around two attentions, two of the feed-forward 
 @pytest.fixture(scope="module")
 def frozen(make_tiny_base: Callable[..., Any]) -> Callable[[str], tuple[Program, Runner]]:
     """A function that gives the program of a role, and the eager runner that is its reference."""
-    base, made = make_tiny_base(), {}
-
-    def find(role: str) -> tuple[Program, Runner]:
-        if role not in made:
-            made[role] = freeze(base, role, size=(32, 32), frames=5)
-        return made[role]
-
-    return find
+    return frozen_roles(make_tiny_base())
 
 
 @pytest.fixture(scope="module")

@@ -133,8 +133,7 @@ def load(
         way |= {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
     kind = SideBySide if hint == "throughput" else Compiled
     if kind is SideBySide:
-        most = max((most for _, _, most in signature.sizes.values()), default=1)
-        way["PERFORMANCE_HINT_NUM_REQUESTS"] = most
+        way["PERFORMANCE_HINT_NUM_REQUESTS"] = signature.most
     return make_runner(signature, kind(core, model, signature, way=way, place=place))
 
 

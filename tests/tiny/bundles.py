@@ -1,6 +1,8 @@
 """What tests of bundles share: roles and predictors in eager, a recipe, pictures, an adapter."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -66,3 +68,13 @@ def freeze(
     module, signature = make_roles(base, signatures)[role], signatures[role]
     eager = run_eagerly(module, signature, device=base.device)
     return capture(module, signature, role=role), eager
+
+
+def frozen_roles(base: Any) -> Callable[[str], tuple[Program, Runner]]:
+    """Make a function that freezes a role of a tiny base once."""
+
+    @cache
+    def find(role: str) -> tuple[Program, Runner]:
+        return freeze(base, role, size=(32, 32), frames=5)
+
+    return find
