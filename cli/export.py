@@ -76,8 +76,8 @@ def command(
     Bundles of the engines aoti and inductor hold a base and any number of adapters: add others with
     --into, and choose among them with `fewshot-rt predict --adapter NAME`.
 
-    With --single-file, all is one ONNX file (default: RUN/bundles/onnx-fp32.onnx) that takes and
-    gives pixels, and needs nothing of fewshot-rt.
+    With --single-file, all is one ONNX file (default: RUN/bundles/onnx-PRECISION.onnx) that takes
+    and gives pixels, in fp32 or int8, and needs nothing of fewshot-rt.
     """
     if into and (out or batch):
         flag = "--out" if out else "--batch"
@@ -85,8 +85,9 @@ def command(
     place = find_run(run, runs)
     if is_single:
         _require_single(engine, precision, device=device, out=out, into=into, batch=batch)
-        path = out or place / "bundles" / "onnx-fp32.onnx"
-        write_result(_write_single(place, path, acceleration=acceleration), as_json=as_json)
+        path = out or place / "bundles" / f"onnx-{precision}.onnx"
+        result = _write_single(place, path, precision=precision, acceleration=acceleration)
+        write_result(result, as_json=as_json)
         return
     engine, precision = _choose(engine, precision, device=device, into=into)
     folder = into or out or place / "bundles" / f"{engine}-{precision}"
@@ -106,9 +107,7 @@ def command(
     parity, quality = _watch(steps, engine)
     worst = max(parity.values())
     say(f"exported: {folder} (differs from PyTorch by {worst:.1e} relative, at most)")
-    if quality:
-        beside = f"(in PyTorch {quality['eager']:.4g}), on {quality['images']} pairs of the run"
-        say(f"quality   {quality['metric']} {quality['engine']:.4g} {beside}")
+    _say_quality(quality)
     say("next      fewshot-rt predict DIR")
     result = {"bundle": folder, "engine": engine, "precision": precision}
     write_result(result | {"parity": parity, "quality": quality}, as_json=as_json)
@@ -125,11 +124,12 @@ def _require_single(
 ) -> None:
     """Require that nothing is asked for that one file cannot have. Raises: UsageError."""
     asked = {"--engine": engine or "onnx", "--precision": precision, "--device": device}
-    for flag, only in (("--engine", "onnx"), ("--precision", "fp32"), ("--device", "cpu")):
-        if asked[flag] != only:
+    possible = {"--engine": ("onnx",), "--precision": ("fp32", "int8"), "--device": ("cpu",)}
+    for flag, choices in possible.items():
+        if asked[flag] not in choices:
             raise click.UsageError(
-                f"--single-file is made with {flag} {only} alone, not {asked[flag]}; it runs on "
-                f"whatever runs ONNX. Leave out {flag}, or --single-file."
+                f"--single-file is made with {flag} {' or '.join(choices)} alone, not "
+                f"{asked[flag]}; it runs on whatever runs ONNX. Leave out {flag}, or --single-file."
             )
     if into:
         raise click.UsageError("--into adds to a bundle, and --single-file makes none.")
@@ -139,19 +139,28 @@ def _require_single(
         raise click.UsageError(f"--out {out}: the one file needs a name that ends in .onnx.")
 
 
-def _write_single(place: Path, path: Path, *, acceleration: tuple[str, ...]) -> dict[str, Any]:
+def _write_single(
+    place: Path, path: Path, *, precision: str, acceleration: tuple[str, ...]
+) -> dict[str, Any]:
     """Write a run as one file; give the result."""
     from fewshot_rt.export.single import export_single
 
-    base, adapter, shared = _open(place, "fp32", device="cpu", acceleration=acceleration)
-    del shared["pairs"]
-    steps = export_single(base, adapter=adapter, path=path, **shared)
-    parity, _ = _watch(steps, "onnx", stages=5)
+    base, adapter, shared = _open(place, precision, device="cpu", acceleration=acceleration)
+    steps = export_single(base, adapter=adapter, path=path, precision=precision, **shared)
+    parity, quality = _watch(steps, "onnx", stages=5)
     size = path.stat().st_size
-    differs = f"differs from PyTorch by {parity['answer']:.1e} relative, at most"
-    say(f"exported: {path} ({size / 1e6:.1f} MB; {differs})")
+    say(f"exported: {path} ({size / 1e6:.1f} MB)")
+    for error in parity.values():
+        say(f"parity    differs from PyTorch by {error:.1e} relative, at most")
+    _say_quality(quality)
     say('next      onnxruntime in any language: see the README, "One file"')
-    return {"file": path, "size_bytes": size, "parity": parity}
+    return {"file": path, "size_bytes": size, "parity": parity, "quality": quality}
+
+
+def _say_quality(quality: dict[str, Any] | None) -> None:
+    if quality:
+        beside = f"(in PyTorch {quality['eager']:.4g}), on {quality['images']} pairs of the run"
+        say(f"quality   {quality['metric']} {quality['engine']:.4g} {beside}")
 
 
 def _choose(

@@ -1,5 +1,7 @@
 """A program in fewer bits, its weights bound into the graph again: what files are written of."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.fx import Graph
 
@@ -9,17 +11,23 @@ from .lower import PRODUCTS, lower
 from .program import Program, capture
 
 
-def lowered(program: Program, precision: str) -> Program:
+def lowered(
+    program: Program, precision: str, *, change: Callable[[Graph], object] | None = None
+) -> Program:
     """Give a program whose products are in a precision; in fp32 it is the program itself.
+
+    change: what else to do to the graph, first; a copy of it, if so in fp32, too.
 
     The conversions are in the graph, and weights are kept in the type that the products take, under
     their names in the model (`weight_bf16` beside `weight` if a weight is there in both).
 
     Raises: ConfigError for an unknown precision; EngineError if the graph writes into its weights.
     """
-    if precision == "fp32":
+    if precision == "fp32" and change is None:
         return program
     lifted = lift(program)
+    if change is not None:
+        change(lifted.module.graph)
     lower(lifted, precision)
     bound = capture(_Bound(lifted), program.signature, role=program.role)
     _say_where(lifted.module.graph, bound.exported.graph)

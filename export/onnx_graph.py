@@ -4,6 +4,7 @@ import logging
 import re
 import warnings
 from ast import literal_eval
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ OPSET = 23
 LARGEST_INLINE_BYTES = 1_900_000_000
 DATA_SUFFIX = ".data"
 BLOCK = re.compile(r"\.\d+\.")  # in the name of a layer that is in one of a list of blocks
+# In the name of a layer of a tiny autoencoder, whose layers are one list; in 8 bits are these alone
+# among convolutions: not its shortcut, which carries most of what is seen.
+CODER = re.compile(r"coder\.\d+\b")
 # The modules around a node, outermost first, then its own name; written by torch.onnx.
 SCOPES = "pkg.torch.onnx.name_scopes"
 PRODUCTS = ("MatMul", "Gemm", "Conv")
@@ -117,16 +121,29 @@ def _tidy(model: Any, signature: Signature) -> None:
                 value.shape[position] = renamed[str(size)]
 
 
+def in_8_bits(kind: str, name: str) -> bool:
+    """Say whether an operator is a layer of those that take 8 bits."""
+    return bool({"MatMul": BLOCK, "Conv": CODER, "Convolution": CODER}[kind].search(name))
+
+
 def _name_products(graph: Any) -> None:
-    """Give products the names of their modules, and transposed weights a name that says so."""
-    seen: set[str] = set()
+    """Give products the names of their modules, and transposed weights a name that says so.
+
+    A module that is used again has a number after its name.
+    """
+    seen: Counter[str] = Counter()
     for node in graph:
         scopes = literal_eval(node.metadata_props.get(SCOPES, "[]"))
-        if node.op_type not in PRODUCTS or len(scopes) < 2 or scopes[-2] in {"", *seen}:
+        if node.op_type not in PRODUCTS or len(scopes) < 2:
             continue
-        node.name = scopes[-2]
-        seen.add(node.name)
         weight = node.inputs[1]
+        # A part of a module's weight is used outside of the module.
+        owner, is_part, _ = weight.name.partition(".weight_")
+        module = owner if is_part else scopes[-2]
+        if not module:
+            continue
+        seen[module] += 1
+        node.name = module if seen[module] == 1 else f"{module}/{seen[module]}"
         if weight.const_value is not None and "." not in weight.name:
             weight.name = f"{node.name}.weight.T"
 

@@ -1,4 +1,4 @@
-"""An ONNX file in int8: the linear layers of a transformer's blocks, by static quantisation.
+"""An ONNX file in int8: linear layers of blocks and a tiny autoencoder's, by static quantisation.
 
 Scales are found on examples once, one for each tensor of tokens and one for each output channel of
 a weight. (Scales found at each call would be those of a whole batch, and an answer would depend on
@@ -15,7 +15,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from .engine import Examples
-from .onnx_graph import BLOCK, is_large
+from .onnx_graph import in_8_bits, is_large
+
+LAYERS = ("MatMul", "Conv")
 
 
 def quantise(path: Path, examples: Examples) -> None:
@@ -37,7 +39,7 @@ def quantise(path: Path, examples: Examples) -> None:
             return next(self._left, None)
 
     graph = onnx.load(path, load_external_data=False).graph
-    layers = [n.name for n in graph.node if n.op_type == "MatMul" and BLOCK.search(n.name)]
+    layers = [n.name for n in graph.node if n.op_type in LAYERS and in_8_bits(n.op_type, n.name)]
     if not layers:
         return
     # In a folder of its own: files of external data are known by their names.
@@ -50,7 +52,7 @@ def quantise(path: Path, examples: Examples) -> None:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
-            op_types_to_quantize=["MatMul"],
+            op_types_to_quantize=list(LAYERS),
             nodes_to_quantize=layers,
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
             use_external_data_format=is_large(path),

@@ -11,6 +11,7 @@ from torch.export.graph_signature import InputKind
 
 from fewshot_rt.spec import Signature
 
+from .folding import fold_weights
 from .rotary import interleave_halves
 
 
@@ -53,6 +54,8 @@ def capture(module: nn.Module, signature: Signature, *, role: str) -> Program:
     exported = torch.export.export(
         module, tensors, dynamic_shapes=(_dynamic_shapes(signature),), strict=False
     )
+    if role != "denoiser":  # whose weights adapters change
+        fold_weights(exported)
     _drop_unused(exported)
     interleave_halves(exported)
     # Stack traces would put the paths of this machine into every file.

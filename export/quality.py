@@ -39,15 +39,24 @@ class Quality:
 def judge_quality(eager: Predictor, engine: Predictor, pairs: Pairs) -> Quality:
     """Answer pairs both ways and require that the engine's answers are as good.
 
+    Raises: EngineError as `judge_answers` does.
+    """
+    images = [image for image, _ in pairs]
+    return judge_answers(eager, answer_images(engine, images), pairs)
+
+
+def judge_answers(eager: Predictor, answers: Sequence[Pixels], pairs: Pairs) -> Quality:
+    """Require that an engine's answers to pairs are as good as eager's, of which it makes them.
+
     Raises: EngineError if their error is larger by more than `MOST_SHARE` and `MOST_MORE` allow.
     """
     images, targets = [image for image, _ in pairs], [target for _, target in pairs]
     metric, codec = eager.recipe.metrics[0], eager.recipe.codec
     values, errors = [], []
-    for predictor in (eager, engine):
+    for given in (answer_images(eager, images), answers):
         measured = [
             measure(answer, target, codec=codec, names=[metric])[metric]
-            for answer, target in zip(answer_images(predictor, images), targets, strict=True)
+            for answer, target in zip(given, targets, strict=True)
         ]
         values.append(float(np.mean(measured)))
         errors.append(float(np.mean([error_of(metric, value) for value in measured])))

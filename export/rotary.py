@@ -1,17 +1,29 @@
-"""One pass over a graph: rotary embeddings that write every other value become one interleaving.
+"""Two passes over a graph, about how rotary embeddings read and write pairs of channels.
 
 diffusers' Wan writes the halves into an empty tensor, out[..., 0::2] = a and out[..., 1::2] = b. As
 a graph of values each write is a scatter between two transposes of the whole tensor, which ONNX
 Runtime runs slowly. stack((a, b), -1).flatten(-2) gives the same values.
+
+OpenVINO is slow where pairs are read and interleaved value by value. But products of queries and
+keys do not change when the channels of both change places alike: all even ones may come first.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
-ATEN = torch.ops.aten
+from fewshot_rt.kernels.swap import SDPA
+from fewshot_rt.kernels.swap_nodes import (
+    ATEN,
+    arguments,
+    call,
+    exchanged,
+    interleaved,
+    neighbour,
+    unconverted,
+)
 
 
 class _Write(NamedTuple):
@@ -31,6 +43,73 @@ def interleave_halves(exported: ExportedProgram) -> int:
         _replace(graph, empty, writes)
     exported.graph_module.recompile()
     return len(found)
+
+
+def part_halves(graph: Graph) -> int:
+    """Let queries and keys attend with their even channels in front, where rotations give both.
+
+    Gives how many attentions there were. Their outcome changes by the order of its sums alone.
+    """
+    count = 0
+    for attention in [node for node in graph.nodes if node.target is SDPA]:
+        given = arguments(attention)
+        ends = [_interleaving(given[name], attention) for name in ("query", "key")]
+        found = [end for end in ends if end is not None]
+        if len(found) == len(ends):
+            count += 1
+            for node, halves in found:
+                _rewrite(graph, node, ATEN.cat.default, (list(halves), -1))
+    if count:
+        for node in list(graph.nodes):
+            _read_parted(graph, node)
+    graph.eliminate_dead_code()
+    return count
+
+
+def _interleaving(node: Node, user: Node) -> tuple[Node, tuple[Node, Node]] | None:
+    """Walk back to where halves are interleaved, over what nobody else uses; give both, too."""
+    while set(node.users) == {user}:
+        halves = interleaved(node)
+        if halves is not None:
+            return node, halves
+        source = exchanged(node) or unconverted(node)
+        if source is node:
+            return None
+        node, user = source, node
+    return None
+
+
+def _read_parted(graph: Graph, half: Node) -> None:
+    """Read every other channel as one half of them, the even ones being put in front."""
+    found = neighbour(half)
+    if found is None:
+        return
+    source, number = found
+    width = source.meta["val"].shape[-1] // 2
+    (unbound,) = half.all_input_nodes
+    parted = _parted(graph, arguments(unbound)["self"])
+    place = (parted, parted.meta["val"].dim() - 1, number * width, (number + 1) * width)
+    _rewrite(graph, half, ATEN.slice.Tensor, place)
+
+
+def _parted(graph: Graph, pairs: Node) -> Node:
+    """Put the first of each pair in front. Shapes: pairs [..., D / 2, 2], result [..., D]."""
+    *others, last, two = range(pairs.meta["val"].dim())
+    order = [*others, two, last]
+    for user in pairs.users:
+        if user.target is ATEN.permute.default and user.args[1] == order:
+            return next(iter(user.users))
+    with graph.inserting_after(pairs):
+        turned = call(graph, ATEN.permute.default, (pairs, order), like=pairs)
+    with graph.inserting_after(turned):
+        return call(graph, ATEN.flatten.using_ints, (turned, -2), like=pairs)
+
+
+def _rewrite(graph: Graph, node: Node, target: Any, args: tuple[Any, ...]) -> None:
+    with graph.inserting_before(node):
+        other = call(graph, target, args, like=node)
+    node.replace_all_uses_with(other)
+    graph.erase_node(node)
 
 
 def _half_writes(empty: Node) -> tuple[_Write, ...]:

@@ -23,7 +23,7 @@ from fewshot_rt.adapter import Adapter
 from fewshot_rt.base import Base
 from fewshot_rt.cards import find_card
 from fewshot_rt.codecs import SCORE_WIDTH, Codec
-from fewshot_rt.errors import EngineError
+from fewshot_rt.errors import ConfigError, EngineError, unknown
 from fewshot_rt.files import whole
 from fewshot_rt.images import Pixels, to_uint8, with_channels
 from fewshot_rt.images import resize as resize_array
@@ -35,13 +35,14 @@ from fewshot_rt.sample import keep_ends, sample
 from fewshot_rt.spec import Signature, TensorSpec
 
 from .build import BuildStep, timed
-from .engine import require_engine
+from .engine import require_engine, require_examples
 from .model import ANSWER
 from .onnx_graph import LARGEST_INLINE_BYTES, annotate
 from .parity import compare, worst
 from .program import Program, capture
+from .quality import Pairs, judge_answers
 
-ENGINE, PRECISION = "onnx", "fp32"
+ENGINE, PRECISIONS = "onnx", ("fp32", "int8")
 MOST_IMAGES, LONGEST_SIDE = 256, 1 << 14
 # Of pixels. The answer in [-1, 1] may differ by 1e-5, which is 1/800 of a level: one value in 400
 # lies so near to the middle between two levels, and of a pixel's three one in 130. Masks and labels
@@ -57,29 +58,48 @@ def export_single(
     path: Path,
     origin: Mapping[str, Any],
     adapter: Adapter | None = None,
+    precision: str = "fp32",
+    pairs: Pairs = (),
 ) -> Iterator[BuildStep]:
     """Write a base as one ONNX file from images to answers; yield after every stage.
 
     The file appears, or takes the place of an older one, only after it answered pictures of several
-    sizes and batches as eager does. adapter: if it is not merged into the base yet; it is then.
-    origin: as for `export_bundle`; it goes, with what else is known, into the file's properties.
+    sizes and batches as eager does; in int8, pairs of the task as well as eager does. adapter: if
+    it is not merged into the base yet; it is then. origin: as for `export_bundle`; it goes, with
+    what else is known, into the file's properties. precision: one of `PRECISIONS`. pairs: inputs
+    and targets as their files have them; int8 finds its scales on them, too.
 
-    Raises: EngineError if ONNX Runtime is not there, the model is too large for one file, or the
-    file answers otherwise; DataError if it cannot be written.
+    Raises: EngineError if ONNX Runtime is not there, the model is too large for one file, there are
+    no pairs for int8, or the file answers otherwise, or worse; DataError if it cannot be written.
     """
     tool = require_engine(ENGINE)
-    properties = describe(base, recipe, adapter=adapter, origin=origin)
+    if precision not in PRECISIONS:
+        raise ConfigError(unknown("precision of one file", precision, PRECISIONS))
+    if precision != "fp32":
+        require_examples(ENGINE, precision, pairs)
+    said = {"precision": precision, **origin}
+    properties = describe(base, recipe, adapter=adapter, origin=said)
     if adapter is not None:
         adapter.merge(base)
     way, signature = make_way(base, recipe, prompt), make_signature(recipe)
     with whole(path) as part:
         program = yield from timed(ANSWER, "capture", lambda: capture(way, signature, role=ANSWER))
         _require_small(program, path)
-        yield from timed(ANSWER, "build", lambda: tool.build(program, part, precision=PRECISION))
-        annotate(part, properties, defaults=_default_noise(recipe))
+        noise = _default_noise(recipe)
+        examples = [{"image": image[None], **noise} for image, _ in pairs]
+        yield from timed(
+            ANSWER,
+            "build",
+            lambda: tool.build(program, part, precision=precision, examples=examples),
+        )
+        annotate(part, properties, defaults=noise)
         images_alone = replace(signature, inputs=signature.inputs[:1])
         runner = yield from timed(ANSWER, "load", lambda: tool.load(part, images_alone))
-        yield from _judge(base_predictor(base, recipe, prompt, origin=ANSWER), runner)
+        eager = base_predictor(base, recipe, prompt, origin=ANSWER)
+        if precision == "fp32":
+            yield from _judge(eager, runner)
+        else:
+            yield from _judge_by_metric(eager, runner, pairs)
         started = time.perf_counter()
     yield BuildStep(role=ANSWER, stage="write", seconds=time.perf_counter() - started)
 
@@ -254,6 +274,18 @@ def _judge(eager: Predictor, runner: Runner) -> Iterator[BuildStep]:
     _require_same(np.concatenate(differences), codec)
     seconds = time.perf_counter() - started
     yield BuildStep(role=ANSWER, stage="parity", seconds=seconds, parity=worst(figures))
+
+
+def _judge_by_metric(eager: Predictor, runner: Runner, pairs: Pairs) -> Iterator[BuildStep]:
+    """Answer pairs both ways and require that the file's answers are as good. Raises: EngineError.
+
+    In fewer bits some pixels at outlines change; how many may do so, the task's metric says.
+    """
+    started = time.perf_counter()
+    answers = [runner({"image": image[None]})["answer"][0] for image, _ in pairs]
+    quality = judge_answers(eager, answers, pairs)
+    seconds = time.perf_counter() - started
+    yield BuildStep(role=ANSWER, stage="quality", seconds=seconds, quality=quality)
 
 
 def _require_same(differences: NDArray[np.int_], codec: Codec) -> None:

@@ -11,6 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .autoencoder_layers import (
+    Memory,
+    SoftClamp,
+    TimeGrow,
+    TimePool,
+    conv,
+    run_all,
+    run_needed,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
@@ -61,62 +71,6 @@ class AutoencoderConfig:
         return cls(**fields)
 
 
-class Memory(nn.Module):
-    """A residual block that also sees the frame before."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(
-            _conv(2 * channels, channels),
-            nn.ReLU(),
-            _conv(channels, channels),
-            nn.ReLU(),
-            _conv(channels, channels),
-        )
-
-    def forward(self, frames: Tensor, before: Tensor) -> Tensor:
-        """Shapes: frames, before, result [N, C, h, w]."""
-        return functional.relu(self.conv(torch.cat([frames, before], 1)) + frames)
-
-
-class TimePool(nn.Module):
-    """Merge each run of `stride` frames into one."""
-
-    def __init__(self, channels: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.conv = nn.Conv2d(channels * stride, channels, 1, bias=False)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Shapes: [N, C, h, w] -> [N / stride, C, h, w]."""
-        n, c, h, w = frames.shape
-        merged: Tensor = self.conv(frames.reshape(n // self.stride, c * self.stride, h, w))
-        return merged
-
-
-class TimeGrow(nn.Module):
-    """Split each frame into `stride` frames."""
-
-    def __init__(self, channels: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.conv = nn.Conv2d(channels, channels * stride, 1, bias=False)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Shapes: [N, C, h, w] -> [N x stride, C, h, w]."""
-        n, c, h, w = frames.shape
-        split: Tensor = self.conv(frames).reshape(n * self.stride, c, h, w)
-        return split
-
-
-class SoftClamp(nn.Module):
-    """Keep latents within -3 and 3, smoothly."""
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """Shapes: any."""
-        return torch.tanh(latents / 3) * 3
-
-
 class TinyVideoAutoencoder(nn.Module):
     """Encode 1 + k x time_factor frames to 1 + k latent frames, and back.
 
@@ -146,51 +100,62 @@ class TinyVideoAutoencoder(nn.Module):
 
         Shapes: video [B, 3, T, H, W], T = 1 + k x time_factor; result [B, C, 1 + k, h, w].
         """
-        lead = video[:, :, :1].expand(-1, -1, self.config.time_factor - 1, -1, -1)
-        video = torch.cat([lead, video], dim=2).transpose(1, 2)
-        frames = functional.pixel_unshuffle(video, self.config.patch)
-        latents = self._encode(frames)
-        if self.config.has_shortcut:
-            cells = self._cells(video)
-            latents = latents + self.shortcut_in(cells.flatten(0, 1)).unflatten(0, cells.shape[:2])
+        if video.shape[2] == 1:
+            latents = self._encode_image(video[:, :, 0])[:, None]
+        else:
+            lead = video[:, :, :1].expand(-1, -1, self.config.time_factor - 1, -1, -1)
+            latents = self._encode(torch.cat([lead, video], dim=2).transpose(1, 2))
         return ((latents - self.mean) / self.std).transpose(1, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode all frames. Shapes: [B, C, F, h, w] -> [B, 3, T, H, W]."""
-        frames = self._decode(latents, keep=None)
-        return frames[:, :, self.config.time_factor - 1 :]
+        return self._decode(latents)[:, :, self.config.time_factor - 1 :]
 
     def decode_last(self, latents: Tensor) -> Tensor:
         """Decode the last frame, computing only what it needs; equal to `decode(...)[:, :, -1]`.
 
         Shapes: latents [B, C, F, h, w]; result [B, 3, H, W].
         """
-        return self._decode(latents, keep=1)[:, :, 0]
-
-    def _encode(self, frames: Tensor) -> Tensor:
-        return _run(self.encoder, frames, keep=None)
-
-    def _decode(self, latents: Tensor, keep: int | None) -> Tensor:
-        latents = latents.transpose(1, 2) * self.std + self.mean
-        frames = _run(self.decoder, latents, keep=keep)
-        video = functional.pixel_shuffle(frames, self.config.patch)
+        frames = [frame * self.std + self.mean for frame in latents.unbind(2)]
+        pixels = functional.pixel_shuffle(run_needed(self.decoder, frames), self.config.patch)
         if self.config.has_shortcut:
-            video = video + self._linear(latents, keep=video.shape[1])
+            parts = dict(self.shortcut_out.named_parameters())
+            weight, bias = (
+                parts[name].chunk(self.config.time_factor)[-1] for name in ("weight", "bias")
+            )
+            cells = functional.conv2d(frames[-1], weight, bias)
+            pixels = pixels + functional.pixel_shuffle(cells, self.config.space_factor)
+        return pixels
+
+    def _encode(self, video: Tensor) -> Tensor:
+        """Shapes: [B, F x time_factor, 3, H, W] -> [B, F, C, h, w]."""
+        latents = run_all(self.encoder, functional.pixel_unshuffle(video, self.config.patch))
+        if self.config.has_shortcut:
+            cells = functional.pixel_unshuffle(video, self.config.space_factor)
+            cells = torch.unflatten(cells, 1, (-1, self.config.time_factor)).flatten(2, 3)
+            latents = latents + self.shortcut_in(cells.flatten(0, 1)).unflatten(0, cells.shape[:2])
+        return latents
+
+    def _encode_image(self, image: Tensor) -> Tensor:
+        """Encode an image that fills its latent frame. Shapes: [B, 3, H, W] -> [B, C, h, w]."""
+        factor = self.config.time_factor
+        frame = functional.pixel_unshuffle(image, self.config.patch)
+        latents = run_needed(self.encoder, [frame] * factor)
+        if self.config.has_shortcut:
+            cells = functional.pixel_unshuffle(image, self.config.space_factor)
+            weight = torch.unflatten(self.shortcut_in.weight, 1, (factor, -1)).sum(dim=1)
+            latents = latents + functional.conv2d(cells, weight, self.shortcut_in.bias)
+        return latents
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Shapes: [B, C, F, h, w] -> [B, 3, F x time_factor, H, W]."""
+        latents = latents.transpose(1, 2) * self.std + self.mean
+        video = functional.pixel_shuffle(run_all(self.decoder, latents), self.config.patch)
+        if self.config.has_shortcut:
+            cells = self.shortcut_out(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+            cells = cells.unflatten(2, (self.config.time_factor, -1)).flatten(1, 2)
+            video = video + functional.pixel_shuffle(cells, self.config.space_factor)
         return video.transpose(1, 2)
-
-    def _cells(self, video: Tensor) -> Tensor:
-        """Gather the pixels behind each latent cell. Shapes: [B, T, 3, H, W] -> [B, F, P, h, w]."""
-        cells = functional.pixel_unshuffle(video, self.config.space_factor)
-        batch, _, channels, height, width = cells.shape
-        return cells.reshape(batch, -1, self.config.time_factor * channels, height, width)
-
-    def _linear(self, latents: Tensor, *, keep: int) -> Tensor:
-        """Decode the last `keep` frames with the shortcut alone."""
-        frames = -(-keep // self.config.time_factor)
-        latents = latents[:, -frames:]
-        cells = self.shortcut_out(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
-        cells = cells.unflatten(2, (self.config.time_factor, -1)).flatten(1, 2)
-        return functional.pixel_shuffle(cells[:, -keep:], self.config.space_factor)
 
     @torch.no_grad()
     def fit_shortcut(self, images: Tensor) -> None:
@@ -213,64 +178,26 @@ class TinyVideoAutoencoder(nn.Module):
                 nn.init.zeros_(parameter)
 
 
-def _conv(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
-
-
 def _encoder(config: AutoencoderConfig) -> nn.Sequential:
     widths = config.widths
-    layers: list[nn.Module] = [_conv(3 * config.patch**2, widths[0]), nn.ReLU()]
+    layers: list[nn.Module] = [conv(3 * config.patch**2, widths[0]), nn.ReLU()]
     layers += [Memory(widths[0]) for _ in range(config.blocks[0])]
     for level, (space, time) in enumerate(zip(config.space, config.time, strict=True)):
         before, width = widths[level], widths[level + 1]
-        layers += [TimePool(before, time), _conv(before, width, stride=space, bias=False)]
+        layers += [TimePool(before, time), conv(before, width, stride=space, bias=False)]
         layers += [Memory(width) for _ in range(config.blocks[level + 1])]
-    return nn.Sequential(*layers, _conv(widths[-1], config.latent_channels))
+    return nn.Sequential(*layers, conv(widths[-1], config.latent_channels))
 
 
 def _decoder(config: AutoencoderConfig) -> nn.Sequential:
     widths = config.widths[::-1]
-    layers: list[nn.Module] = [SoftClamp(), _conv(config.latent_channels, widths[0]), nn.ReLU()]
+    layers: list[nn.Module] = [SoftClamp(), conv(config.latent_channels, widths[0]), nn.ReLU()]
     strides = zip(config.space[::-1], config.time[::-1], strict=True)
     for level, (space, time) in enumerate(strides):
         width, after = widths[level], widths[level + 1]
         layers += [Memory(width) for _ in range(config.blocks[::-1][level])]
         layers += [nn.Upsample(scale_factor=space) if space > 1 else nn.Identity()]
         layers += [TimeGrow(width, time)]
-        layers += [_conv(width, after, bias=False)]
+        layers += [conv(width, after, bias=False)]
     layers += [Memory(widths[-1]) for _ in range(config.blocks[0])]
-    return nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3 * config.patch**2))
-
-
-def _run(layers: nn.Sequential, frames: Tensor, *, keep: int | None) -> Tensor:
-    """Run the layers over all frames at once, computing only what the last `keep` frames need.
-
-    Shapes: frames [B, T, C, H, W]; result [B, T', C', H', W'].
-    """
-    needed = _needed(layers, keep)
-    for layer, need in zip(layers, needed, strict=True):
-        if need is not None:
-            # A memory block wants one frame more than it gives; see below.
-            frames = frames[:, -need:]
-        batch, count = frames.shape[:2]
-        if isinstance(layer, Memory):
-            before = functional.pad(frames, (0, 0, 0, 0, 0, 0, 1, 0))[:, :count]
-            if need is not None and count == need and need > 1:
-                frames, before = frames[:, 1:], frames[:, :-1]
-            flat = layer(frames.flatten(0, 1), before.flatten(0, 1))
-        else:
-            flat = layer(frames.flatten(0, 1))
-        frames = flat.unflatten(0, (batch, -1))
-    return frames if keep is None else frames[:, -keep:]
-
-
-def _needed(layers: nn.Sequential, keep: int | None) -> list[int | None]:
-    """Give, for each layer, how many of the last frames it must see to give the last `keep`."""
-    needed: list[int | None] = []
-    for layer in reversed(layers):
-        if keep is not None and isinstance(layer, Memory):
-            keep += 1
-        if keep is not None and isinstance(layer, TimeGrow):
-            keep = -(-keep // layer.stride)
-        needed.append(keep)
-    return needed[::-1]
+    return nn.Sequential(*layers, nn.ReLU(), conv(widths[-1], 3 * config.patch**2))

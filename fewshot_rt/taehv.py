@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .autoencoder import AutoencoderConfig, TinyVideoAutoencoder
 from .errors import ModelError
@@ -67,19 +66,24 @@ class Taehv(TinyVideoAutoencoder):
 
         Shapes: video [B, 3, T, H, W], T = 1 + k x time_factor; result [B, C, 1 + k, h, w].
         """
+        video = video / 2 + 0.5
+        if video.shape[2] == 1:
+            return self._encode_image(video[:, :, 0])[:, :, None]
         rest = video[:, :, -1:].expand(-1, -1, self.config.time_factor - 1, -1, -1)
-        video = torch.cat([video, rest], dim=2).transpose(1, 2) / 2 + 0.5
-        frames = functional.pixel_unshuffle(video, self.config.patch)
-        return self._encode(frames).transpose(1, 2)
+        return self._encode(torch.cat([video, rest], dim=2).transpose(1, 2)).transpose(1, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode all frames. Shapes: [B, C, F, h, w] -> [B, 3, T, H, W]."""
         if self.keeps_even and latents.shape[2] % 2 == 0:
-            return self._decode(latents, keep=None)
+            return self._decode(latents)
         return super().decode(latents)
 
-    def _decode(self, latents: Tensor, keep: int | None) -> Tensor:
-        return super()._decode(latents, keep).clamp(0, 1) * 2 - 1
+    def decode_last(self, latents: Tensor) -> Tensor:
+        """Decode the last frame. Shapes: [B, C, F, h, w] -> [B, 3, H, W]."""
+        return super().decode_last(latents).clamp(0, 1) * 2 - 1
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return super()._decode(latents).clamp(0, 1) * 2 - 1
 
 
 def read_taehv(path: Path, file: TinyFile, geometry: Geometry) -> Taehv:

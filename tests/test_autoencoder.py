@@ -8,13 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewshot_rt.autoencoder import (
-    AutoencoderConfig,
-    Memory,
-    TimeGrow,
-    TimePool,
-    TinyVideoAutoencoder,
-)
+from fewshot_rt.autoencoder import AutoencoderConfig, TinyVideoAutoencoder
+from fewshot_rt.autoencoder_layers import Memory, TimeGrow, TimePool
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "pocket": {"latent_channels": 6, "widths": (8, 8, 8), "blocks": (0, 1, 2)},

@@ -34,9 +34,11 @@ def test_the_file_lies_beside_the_bundles_or_where_it_is_wanted(
     status, out, err = exported("export", "one", "--single-file", "--json")
     assert status == 0, err
     path = "runs/one/bundles/onnx-fp32.onnx"
-    assert json.loads(out) == {"file": path, "size_bytes": 7, "parity": {"answer": 0.0}}
+    expected = {"file": path, "size_bytes": 7, "parity": {"answer": 0.0}, "quality": None}
+    assert json.loads(out) == expected
     assert Path(path).read_bytes() == b"1234567"
     (given,) = written
+    assert (given["precision"], given["pairs"]) == ("fp32", [])
     assert given["origin"]["run"] == "one"
     assert given["adapter"].provenance.digest == given["origin"]["task_digest"]
     # The run's bundle is still what `predict` takes.
@@ -46,13 +48,18 @@ def test_the_file_lies_beside_the_bundles_or_where_it_is_wanted(
     status, _, err = exported("export", "--single-file", "--out", "page/model.onnx")
     assert status == 0, err
     assert Path("page/model.onnx").is_file()
+    status, _, err = exported("export", "--single-file", "--precision", "int8")
+    assert status == 0, err
+    assert Path("runs/one/bundles/onnx-int8.onnx").is_file()
+    assert written[-1]["precision"] == "int8"
+    assert written[-1]["pairs"]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--engine", "aoti"], "made with --engine onnx alone, not aoti"),
-        (["--precision", "int8"], "made with --precision fp32 alone, not int8"),
+        (["--precision", "bf16"], "made with --precision fp32 or int8 alone, not bf16"),
         (["--device", "cuda"], "made with --device cpu alone, not cuda"),
         (["--into", "runs/one/bundles/onnx-fp32"], "--single-file makes none"),
         (["--batch", "2"], "takes any number of images"),

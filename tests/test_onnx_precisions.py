@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto
 from tiny.bundles import frozen_roles
+from torch import Tensor, nn
 
 from fewshot_rt.errors import EngineError
 from fewshot_rt.export import onnx_graph
@@ -19,10 +20,24 @@ from fewshot_rt.export.engines import onnx as onnx_engine
 from fewshot_rt.export.engines.onnx import Bound
 from fewshot_rt.export.onnx_graph import write_onnx
 from fewshot_rt.export.parity import compare, require
-from fewshot_rt.export.program import Program
+from fewshot_rt.export.program import Program, capture
 from fewshot_rt.predictor import Runner
+from fewshot_rt.spec import Signature, TensorSpec
 
 BATCH = 3
+
+
+class Alone(nn.Module):
+    """A convolution and a linear layer that are in no list of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(4, 4, bias=False)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return (self.linear(self.conv(tensors[0])),)
+
+
 LAYERS = 1
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 # Of a block: queries, keys, values and outputs of two attentions; two of the feed-forward net.
@@ -166,13 +181,45 @@ def test_int8_of_a_large_model_keeps_its_data_beside_it(
     np.testing.assert_array_equal(found["prediction"], expected["prediction"])
 
 
-def test_what_has_no_such_layers_stays_as_it_is(frozen: Any, tmp_path: Path) -> None:
-    program, eager = frozen("decoder")
-    path = tmp_path / "decoder.onnx"
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_int8_is_in_all_of_a_tiny_autoencoder_but_its_shortcut(
+    role: str, frozen: Any, tmp_path: Path
+) -> None:
+    program, eager = frozen(role)
+    path = tmp_path / "coder.onnx"
     onnx_engine.build(program, path, precision="int8", examples=examples(program))
-    given = examples(program)[0]
+    graph = onnx.load(path).graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    kept = []
+    for node in graph.node:
+        if node.op_type == "Conv":
+            sources = [made_by.get(name) for name in node.input[:2]]
+            is_scaled = [s is not None and s.op_type == "DequantizeLinear" for s in sources]
+            assert all(is_scaled) or not any(is_scaled)
+            kept += [] if all(is_scaled) else [node.name]
+    assert kept == [f"autoencoder.shortcut_{'in' if role == 'encoder' else 'out'}"]
     runner = onnx_engine.load(path, program.signature)
-    require(compare(eager(given), runner(given)), role="decoder", tolerance="fp32")
+    for case in examples(program):
+        (parity,) = (found := compare(eager(case), runner(case))).values()
+        require(found, role=role, tolerance="int8")
+        assert parity.rel_l2 > 1e-6, "nothing was rounded"
+
+
+def test_what_has_no_such_layers_stays_as_it_is(tmp_path: Path) -> None:
+    size = ("batch", 3, 4, 4)
+    signature = Signature(
+        inputs=(TensorSpec("x", "float32", size),),
+        outputs=(TensorSpec("y", "float32", size),),
+        sizes={"batch": (1, 2, BATCH)},
+    )
+    module = Alone()
+    path = tmp_path / "alone.onnx"
+    program = capture(module, signature, role="alone")
+    onnx_engine.build(program, path, precision="int8", examples=examples(program))
+    for given in examples(program):
+        expected = {"y": module(torch.from_numpy(given["x"]))[0].detach().numpy()}
+        found = onnx_engine.load(path, signature)(given)
+        require(compare(expected, found), role="alone", tolerance="fp32")
 
 
 def test_what_cannot_be_built_is_refused(frozen: Any, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """OpenVINO. References: the eager role in fp32, and OpenVINO's own list of what it executes."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -99,7 +100,8 @@ def test_every_family_agrees_with_eager(
 
 
 @pytest.mark.parametrize(
-    ("role", "precision"), [("denoiser", "bf16"), ("decoder", "bf16"), ("denoiser", "int8")]
+    ("role", "precision"),
+    [("denoiser", "bf16"), ("decoder", "bf16"), *((role, "int8") for role in ROLES)],
 )
 def test_fewer_bits_are_near_and_are_what_is_executed(
     role: str, precision: str, frozen: Any, built: Any
@@ -127,12 +129,18 @@ def test_fp32_stays_in_fp32(frozen: Any, built: Any) -> None:
     assert not [kind for kind in found if "bf16" in kind or "f16" in kind]
 
 
-def test_a_layer_outside_of_blocks_is_not_in_int8(built: Any) -> None:
-    model = openvino.Core().read_model(built("denoiser", "int8"))
-    for node in model.get_ops():
-        if node.get_type_name() == "FakeQuantize":
-            for taker in node.output(0).get_target_inputs():
-                assert ".blocks." in taker.get_node().get_friendly_name()
+@pytest.mark.parametrize("role", ROLES)
+def test_a_layer_outside_of_blocks_is_not_in_int8(role: str, built: Any) -> None:
+    inside = re.compile(r"\.blocks\." if role == "denoiser" else rf"\.{role}\.\d+\b")
+    model = openvino.Core().read_model(built(role, "int8"))
+    takers = [
+        taker.get_node().get_friendly_name()
+        for node in model.get_ops()
+        if node.get_type_name() == "FakeQuantize"
+        for taker in node.output(0).get_target_inputs()
+    ]
+    assert takers
+    assert all(inside.search(name) for name in takers), takers
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -1,5 +1,7 @@
 """References: the eager role that was captured, at every batch that the signature admits."""
 
+import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewshot_rt.export.bound import lowered
+from fewshot_rt.export.folding import fold_weights
 from fewshot_rt.export.program import capture
-from fewshot_rt.export.rotary import interleave_halves
+from fewshot_rt.export.rotary import interleave_halves, part_halves
 from fewshot_rt.roles import make_roles, make_signatures
 from fewshot_rt.spec import ROLES, Signature, TensorSpec
 
@@ -54,7 +58,9 @@ def test_a_program_keeps_only_the_weights_that_it_reads(
         roles[role](*arrays(signatures[role]))[0].sum().backward()
         tiny_base.autoencoder.requires_grad_(False)
         read = {name for name, p in roles[role].named_parameters() if p.grad is not None}
-        assert set(program.exported.state_dict) == read
+        # What is made of a weight has its name in front.
+        kept = {re.sub(r"(weight|bias)_.*", r"\1", name) for name in program.exported.state_dict}
+        assert kept == read
         assert not any(other in name for name in read)
         assert 0 < program.size_bytes < 4 * sum(p.numel() for p in roles[role].parameters())
 
@@ -146,3 +152,98 @@ def test_rotary_embeddings_of_the_denoiser_are_interleaved(
     assert names.count("aten.stack.default") == 2
     assert "aten.empty_like.default" not in names
     assert "aten.copy_.default" not in names
+
+
+def test_queries_and_keys_are_parted_alike(
+    cut: tuple[dict[str, Any], dict[str, Signature]],
+) -> None:
+    roles, signatures = cut
+    program = capture(roles["denoiser"], signatures["denoiser"], role="denoiser")
+    counts: list[int] = []
+    parted = lowered(program, "fp32", change=lambda graph: counts.append(part_halves(graph)))
+    assert counts == [1]
+    names = [str(node.target) for node in parted.exported.graph.nodes]
+    assert "aten.stack.default" not in names
+    assert "aten.unbind.int" not in names
+    # The graph that was captured stays as it was.
+    assert "aten.stack.default" in [str(node.target) for node in program.exported.graph.nodes]
+    for batch in (1, BATCH):
+        given = arrays(signatures["denoiser"], batch=batch)
+        found, expected = (p.exported.module()(*given)[0] for p in (parted, program))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class Attention(nn.Module):
+    """Attends to itself with rotated queries and keys, or, if it is `odd`, otherwise."""
+
+    def __init__(self, odd: str) -> None:
+        super().__init__()
+        self.odd = odd
+
+    def forward(self, x: Tensor, angle: Tensor) -> Tensor:
+        turned = self.turn(x, angle)
+        query, key = turned.transpose(1, 2), self.turn(x * 2, angle).transpose(1, 2)
+        if self.odd == "keys as they are":
+            key = x.transpose(1, 2)
+        if self.odd == "values":
+            query, key = x.transpose(1, 2), x.transpose(1, 2)
+        value = (turned if self.odd == "values" else x).transpose(1, 2)
+        found = nn.functional.scaled_dot_product_attention(query, key, value)
+        return found + query if self.odd == "read elsewhere" else found
+
+    def turn(self, x: Tensor, angle: Tensor) -> Tensor:
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = (even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos())
+        return torch.stack(turned, -1).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("odd", "count"),
+    [("", 1)] + [(odd, 0) for odd in ("keys as they are", "values", "read elsewhere")],
+)
+def test_channels_are_parted_where_queries_and_keys_alone_see_it(odd: str, count: int) -> None:
+    module, generator = Attention(odd), torch.Generator().manual_seed(0)
+    given = tuple(torch.randn(s, generator=generator) for s in ((2, 5, 3, 8), (1, 5, 1, 4)))
+    exported = torch.export.export(module, given, strict=False)
+    assert part_halves(exported.graph) == count
+    exported.graph_module.recompile()
+    torch.testing.assert_close(exported.module()(*given), module(*given), rtol=1e-5, atol=1e-6)
+
+
+class Folded(nn.Module):
+    """Convolves with what it makes of weights, or, if it is `odd`, of something else, too."""
+
+    def __init__(self, odd: str) -> None:
+        super().__init__()
+        self.odd = odd
+        self.weight = nn.Parameter(torch.arange(48, dtype=torch.float32).reshape(4, 3, 2, 2) / 48)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        first, second = self.weight.chunk(2)
+        weight = first + second.flip(0)
+        if self.odd == "of the input":
+            weight = weight * tensors[0].mean()
+        if self.odd == "written":
+            before = self.seen + 1
+            self.seen.add_(1)
+            weight = weight + before.sum()
+        return (nn.functional.conv2d(tensors[0], weight) + self.weight.sum(),)
+
+
+@pytest.mark.parametrize(
+    ("odd", "names"),
+    [
+        ("", {"weight_chunk_getitem_add", "weight_sum_1"}),
+        ("of the input", {"weight_chunk_getitem_add", "weight_sum_1"}),
+        ("written", {"weight_chunk_getitem_add", "weight_sum_2"}),
+    ],
+)
+def test_what_is_made_of_weights_alone_is_a_weight(odd: str, names: set[str]) -> None:
+    module, x = Folded(odd), torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    exported = torch.export.export(module, (x,), strict=False)
+    assert fold_weights(exported) == len(names)
+    assert set(exported.state_dict) == {"weight", "seen"} | names
+    folded, module = exported.module(), copy.deepcopy(module)
+    for _ in range(2):  # a buffer that is written counts the calls
+        torch.testing.assert_close(folded(x)[0], module(x)[0], rtol=1e-6, atol=1e-6)

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
 from tiny import cogvideox, ltx, wan
 from tiny.bundles import RECIPE, eager_predictor
+from tiny.single import CODECS, COLOURS, Wrong, check_same, draw, open_file, write
 
 from fewshot_rt import __version__, images
 from fewshot_rt.adapter import Adapter, Provenance, add_lora, snapshot
@@ -27,38 +27,12 @@ from fewshot_rt.bases import open_base
 from fewshot_rt.codecs import Codec
 from fewshot_rt.errors import EngineError
 from fewshot_rt.export import single
-from fewshot_rt.images import Pixels, with_channels
+from fewshot_rt.images import Pixels
 from fewshot_rt.predict import answer_images
 from fewshot_rt.predictor import Predictor, Recipe, seeded_noises
-from fewshot_rt.runs import base_predictor
 
 SIZES = ((32, 32), (17, 45), (1, 9), (61, 1))
-COLOURS = ((0, 0, 0), (250, 120, 0), (0, 90, 200), (255, 255, 255), (9, 9, 9))
-CODECS = {
-    "rgb": Codec("rgb"),
-    "gray": Codec("gray"),
-    "mask": Codec("mask"),
-    "coloured mask": Codec("mask", ((10, 0, 90), (255, 200, 0))),
-    "labels": Codec("labels", COLOURS),
-    "gray labels": Codec("labels", ((0, 0, 0), (127, 127, 127), (255, 255, 255))),
-}
 LABELLED = replace(RECIPE, codec=CODECS["labels"], steps=2, solver="dpm", start=0.9)
-
-
-def draw(size: tuple[int, int], count: int = 1, seed: int = 0) -> Pixels:
-    """Draw smooth colours. Shapes: uint8 [B, H, W, 3]."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
-    taken = [Image.fromarray(c).resize(size[::-1], Image.Resampling.BILINEAR) for c in coarse]
-    return np.stack([np.asarray(image) for image in taken])
-
-
-def check_same(expected: list[Pixels], found: np.ndarray, codec: Codec) -> None:
-    """Allow what rounding to levels allows: 1 pixel in 100, in pictures by 1 level."""
-    assert found.dtype == np.uint8
-    difference = np.abs(np.stack([with_channels(e) for e in expected]).astype(int) - found)
-    assert (difference.max(axis=-1) > 0).mean() <= 0.01
-    if codec.name in ("rgb", "gray"):
-        assert difference.max() <= 1
 
 
 def shares(found: np.ndarray) -> np.ndarray:
@@ -139,24 +113,6 @@ def random_adapter(base: Any) -> Adapter:
     )
 
 
-def write(base: Any, recipe: Recipe, path: Path, **more: Any) -> Predictor:
-    """Export a base as one file; give the eager predictor that is its reference."""
-    prompt = base.embed("mask")
-    origin = {"run": "dots-7", "acceleration": []}
-    steps = list(
-        single.export_single(base, recipe=recipe, prompt=prompt, path=path, origin=origin, **more)
-    )
-    assert [step.stage for step in steps] == ["capture", "build", "load", "parity", "write"]
-    return base_predictor(base, recipe, prompt, origin="eager")
-
-
-def open_file(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options)
-
-
 @pytest.fixture(scope="module")
 def labelled(
     make_tiny_base: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory
@@ -199,6 +155,7 @@ def test_a_file_says_what_it_is(labelled: tuple[Path, Predictor]) -> None:
         "base": "tiny",
         "revision": "0",
         "licence": "that of tiny",
+        "precision": "fp32",
         "run": "dots-7",
         "task_digest": "d1gest",
         "shots": "7",
@@ -257,23 +214,6 @@ def test_the_python_of_the_readme_runs(
     assert capsys.readouterr().out == "tiny, by tiny (that of tiny)\n"
     found = np.asarray(Image.open("answer.png"))
     check_same(answer_images(eager, [pixels]), found[None], LABELLED.codec)
-
-
-class Wrong:
-    """An engine whose file answers as eager does, but for what is done to the answers."""
-
-    def __init__(self, file: Path, eager: Predictor, harm: Callable[[Pixels], Pixels]) -> None:
-        self._file, self._eager, self._harm = file, eager, harm
-
-    def build(self, program: Any, path: Path, *, precision: str) -> None:
-        shutil.copy(self._file, path)
-
-    def load(self, path: Path, signature: Any) -> Callable[[Any], dict[str, Pixels]]:
-        def runner(given: dict[str, Pixels]) -> dict[str, Pixels]:
-            answers = answer_images(self._eager, list(given["image"]))
-            return {"answer": self._harm(np.stack([with_channels(a) for a in answers]))}
-
-        return runner
 
 
 def one_in(share: int, levels: int) -> Callable[[Pixels], Pixels]:

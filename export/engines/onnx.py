@@ -20,7 +20,7 @@ is_live = False
 merged: tuple[str, ...] = ()
 is_fixed = False
 # Its kernels for processors know neither bf16 nor fp16.
-coders = {"int8": "fp32"}
+coders: dict[str, str] = {}
 calibrated: tuple[str, ...] = ("int8",)
 hints: tuple[str, ...] = ()
 
@@ -160,6 +160,8 @@ def _options(threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.use_deterministic_compute = True
     options.log_severity_level = 3  # errors; they are raised as well
+    # The three roles are three sessions: threads of one that go on spinning would hold up the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     return options

@@ -5,7 +5,7 @@ to keep to it; by itself it would take bf16 wherever a processor has it:
 
     fp32   as captured
     bf16   a denoiser's products in bf16, as the graph has them; the other roles wholly in bf16
-    int8   the linear layers of a denoiser's blocks in int8, the rest of it in fp32
+    int8   layers of a denoiser's blocks and of a tiny autoencoder in int8, the rest in bf16
 
 The network is compiled for each batch size that it is called with, which is faster than for any.
 With the hint "latency" all cores take one call together. With "throughput" the images of a call are
@@ -35,7 +35,7 @@ suffix = ".xml"
 is_live = False
 merged: tuple[str, ...] = ()
 is_fixed = False
-coders = {"int8": "bf16"}
+coders: dict[str, str] = {}
 calibrated: tuple[str, ...] = ("int8",)
 hints: tuple[str, ...] = ("latency", "throughput")
 
@@ -70,6 +70,7 @@ def build(program: "Program", path: Path, *, precision: str, examples: Examples 
 
     from fewshot_rt.export.bound import lowered
     from fewshot_rt.export.onnx_graph import write_onnx
+    from fewshot_rt.export.rotary import part_halves
 
     core = openvino.Core()
     if program.device != "cpu":
@@ -78,9 +79,10 @@ def build(program: "Program", path: Path, *, precision: str, examples: Examples 
     if precision == "int8":
         require_examples(name, precision, examples)
     is_lowered = precision == "bf16" and program.role == "denoiser"
+    products = "bf16" if is_lowered else "fp32"
     with TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / "program.onnx"
-        write_onnx(lowered(program, "bf16") if is_lowered else program, file)
+        write_onnx(lowered(program, products, change=part_halves), file)
         try:
             model = core.read_model(file)
         except RuntimeError as error:
@@ -90,7 +92,7 @@ def build(program: "Program", path: Path, *, precision: str, examples: Examples 
 
             model = quantise(model, examples)
         model.set_rt_info(precision, [SAID, "precision"])
-        is_half = precision == "bf16" and not is_lowered
+        is_half = precision != "fp32" and not is_lowered
         model.set_rt_info("bf16" if is_half else "f32", [SAID, "rest"])
         openvino.save_model(model, path, compress_to_fp16=False)
 

@@ -1,0 +1,181 @@
+"""Layers of the tiny video autoencoder, and two ways through them.
+
+`run_all` takes all frames of a video through a layer at once, as training wants it. `run_needed`
+goes frame by frame and computes only what one frame depends on: of frames that are alike, one; of
+the half of a memory that is zero, nothing.
+
+Axes: B batch, T frames, C channels, H W pixels or cells; N = B x frames.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Memory(nn.Module):
+    """A residual block that also sees the frame before."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            conv(2 * channels, channels),
+            nn.ReLU(),
+            conv(channels, channels),
+            nn.ReLU(),
+            conv(channels, channels),
+        )
+
+    def forward(self, frames: Tensor, before: Tensor | None = None) -> Tensor:
+        """Look at frames and at those before them; where there is none, it counts as zeros.
+
+        Shapes: frames, before, result [N, C, h, w].
+        """
+        first, *rest = self.conv
+        assert isinstance(first, nn.Conv2d)
+        if before is None:
+            weight = first.weight[:, : frames.shape[1]]
+            inner = functional.conv2d(frames, weight, first.bias, padding=1)
+        else:
+            inner = first(torch.cat([frames, before], 1))
+        for layer in rest:
+            inner = layer(inner)
+        return functional.relu(inner + frames)
+
+
+class TimePool(nn.Module):
+    """Merge each run of `stride` frames into one."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(channels * stride, channels, 1, bias=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Shapes: [N, C, h, w] -> [N / stride, C, h, w]."""
+        n, c, h, w = frames.shape
+        merged: Tensor = self.conv(frames.reshape(n // self.stride, c * self.stride, h, w))
+        return merged
+
+    def merge(self, frames: Sequence[Tensor]) -> Tensor:
+        """Merge one run of frames. Shapes: each [B, C, h, w], result too."""
+        if any(frame is not frames[0] for frame in frames):
+            merged: Tensor = self.conv(torch.cat(list(frames), 1))
+            return merged
+        weight = torch.unflatten(self.conv.weight, 1, (self.stride, -1)).sum(dim=1)
+        return functional.conv2d(frames[0], weight)
+
+
+class TimeGrow(nn.Module):
+    """Split each frame into `stride` frames."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(channels, channels * stride, 1, bias=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Shapes: [N, C, h, w] -> [N x stride, C, h, w]."""
+        n, c, h, w = frames.shape
+        split: Tensor = self.conv(frames).reshape(n * self.stride, c, h, w)
+        return split
+
+    def part(self, frame: Tensor, place: int) -> Tensor:
+        """Give one of the frames that a frame is split into. Shapes: [B, C, h, w], result too."""
+        return functional.conv2d(frame, self.conv.weight.chunk(self.stride)[place])
+
+
+class SoftClamp(nn.Module):
+    """Keep latents within -3 and 3, smoothly."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Shapes: any."""
+        return torch.tanh(latents / 3) * 3
+
+
+def conv(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    """Make a convolution of 3 x 3 that keeps the size, or divides it by a stride."""
+    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
+
+
+def run_all(layers: nn.Sequential, frames: Tensor) -> Tensor:
+    """Run each layer over all frames at once. Shapes: [B, T, C, H, W] -> [B, T', C', H', W']."""
+    for layer in _in_order(layers):
+        batch, count = frames.shape[:2]
+        if isinstance(layer, Memory):
+            before = functional.pad(frames, (0, 0, 0, 0, 0, 0, 1, 0))[:, :count]
+            flat = layer(frames.flatten(0, 1), before.flatten(0, 1))
+        else:
+            flat = layer(frames.flatten(0, 1))
+        frames = flat.unflatten(0, (batch, -1))
+    return frames
+
+
+def run_needed(layers: nn.Sequential, frames: Sequence[Tensor]) -> Tensor:
+    """Give the last frame that comes out of layers, computing what it depends on alone.
+
+    Of frames that are one tensor, one is computed. Shapes: each [B, C, H, W] -> [B, C', H', W'].
+    """
+    ordered = _in_order(layers)
+    count = len(frames)
+    for layer in ordered:
+        count = _count(layer, count)
+    wanted, plan = [count - 1], []
+    for layer in reversed(ordered):
+        plan.append((layer, wanted))
+        wanted = sorted({source for t in wanted for source in _sources(layer, t)})
+    known = {t: frames[t] for t in wanted}
+    for layer, wanted in reversed(plan):
+        known = _run_one(layer, known, wanted)
+    (last,) = known.values()
+    return last
+
+
+def _in_order(layers: nn.Sequential) -> list[nn.Module]:
+    """Split frames before they are enlarged: pixel by pixel it is the same, and less of them."""
+    ordered: list[nn.Module] = [layer for layer in layers if not isinstance(layer, nn.Identity)]
+    for place, (layer, after) in enumerate(pairwise(ordered)):
+        if isinstance(layer, nn.Upsample) and isinstance(after, TimeGrow):
+            ordered[place : place + 2] = [after, layer]
+    return ordered
+
+
+def _count(layer: nn.Module, count: int) -> int:
+    """Say how many frames a layer makes of so many."""
+    if isinstance(layer, TimePool):
+        return count // layer.stride
+    return count * layer.stride if isinstance(layer, TimeGrow) else count
+
+
+def _sources(layer: nn.Module, t: int) -> list[int]:
+    """Say which frames a layer makes its frame t of."""
+    if isinstance(layer, Memory):
+        return [t, t - 1] if t else [t]
+    if isinstance(layer, TimePool):
+        return [t * layer.stride + place for place in range(layer.stride)]
+    return [t // layer.stride] if isinstance(layer, TimeGrow) else [t]
+
+
+def _run_one(layer: nn.Module, known: Mapping[int, Tensor], wanted: list[int]) -> dict[int, Tensor]:
+    """Give some frames of a layer, each of those that are alike computed once."""
+    found: dict[int, Tensor] = {}
+    made: dict[tuple[int, ...], Tensor] = {}
+    for t in wanted:
+        sources = [known[source] for source in _sources(layer, t)]
+        place = t % layer.stride if isinstance(layer, TimeGrow) else 0
+        key = (place, *map(id, sources))
+        if key not in made:
+            made[key] = _make(layer, sources, place)
+        found[t] = made[key]
+    return found
+
+
+def _make(layer: nn.Module, sources: list[Tensor], place: int) -> Tensor:
+    if isinstance(layer, TimePool):
+        return layer.merge(sources)
+    if isinstance(layer, TimeGrow):
+        return layer.part(sources[0], place)
+    made: Tensor = layer(*sources)
+    return made
