@@ -8,7 +8,7 @@ Axes: B batch, T frames, C channels, H W pixels or cells; N = B x frames.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +82,14 @@ class TimeGrow(nn.Module):
         split: Tensor = self.conv(frames).reshape(n * self.stride, c, h, w)
         return split
 
-    def part(self, frame: Tensor, place: int) -> Tensor:
-        """Give one of the frames that a frame is split into. Shapes: [B, C, h, w], result too."""
-        return functional.conv2d(frame, self.conv.weight.chunk(self.stride)[place])
+    def part(self, frame: Tensor, place: int, after: nn.Conv2d) -> Tensor:
+        """Give one of the frames that a frame is split into, and what a convolution makes of it.
+
+        Both are linear, so they are one convolution. Shapes: [B, C, h, w] -> [B, C', h, w].
+        """
+        part = self.conv.weight.chunk(self.stride)[place].flatten(1)
+        weight = torch.einsum("ocyx, ci -> oiyx", after.weight, part)
+        return functional.conv2d(frame, weight.contiguous(), after.bias, padding=1)
 
 
 class SoftClamp(nn.Module):
@@ -102,7 +107,7 @@ def conv(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool = T
 
 def run_all(layers: nn.Sequential, frames: Tensor) -> Tensor:
     """Run each layer over all frames at once. Shapes: [B, T, C, H, W] -> [B, T', C', H', W']."""
-    for layer in _in_order(layers):
+    for layer in layers:
         batch, count = frames.shape[:2]
         if isinstance(layer, Memory):
             before = functional.pad(frames, (0, 0, 0, 0, 0, 0, 1, 0))[:, :count]
@@ -118,28 +123,36 @@ def run_needed(layers: nn.Sequential, frames: Sequence[Tensor]) -> Tensor:
 
     Of frames that are one tensor, one is computed. Shapes: each [B, C, H, W] -> [B, C', H', W'].
     """
-    ordered = _in_order(layers)
-    count = len(frames)
-    for layer in ordered:
-        count = _count(layer, count)
+    steps, count = _steps(layers), len(frames)
+    for step in steps:
+        count = _count(step.layer, count)
     wanted, plan = [count - 1], []
-    for layer in reversed(ordered):
-        plan.append((layer, wanted))
-        wanted = sorted({source for t in wanted for source in _sources(layer, t)})
+    for step in reversed(steps):
+        plan.append((step, wanted))
+        wanted = sorted({source for t in wanted for source in _sources(step.layer, t)})
     known = {t: frames[t] for t in wanted}
-    for layer, wanted in reversed(plan):
-        known = _run_one(layer, known, wanted)
+    for step, wanted in reversed(plan):
+        known = _run_one(step, known, wanted)
     (last,) = known.values()
     return last
 
 
-def _in_order(layers: nn.Sequential) -> list[nn.Module]:
-    """Split frames before they are enlarged: pixel by pixel it is the same, and less of them."""
-    ordered: list[nn.Module] = [layer for layer in layers if not isinstance(layer, nn.Identity)]
-    for place, (layer, after) in enumerate(pairwise(ordered)):
-        if isinstance(layer, nn.Upsample) and isinstance(after, TimeGrow):
-            ordered[place : place + 2] = [after, layer]
-    return ordered
+class _Step(NamedTuple):
+    """A layer, and the convolution behind it if it splits frames: both go together."""
+
+    layer: nn.Module
+    after: nn.Conv2d | None = None
+
+
+def _steps(layers: nn.Sequential) -> list[_Step]:
+    steps: list[_Step] = []
+    for layer in layers:
+        before, after = steps[-1] if steps else (None, None)
+        if isinstance(before, TimeGrow) and after is None and isinstance(layer, nn.Conv2d):
+            steps[-1] = _Step(before, layer)
+        else:
+            steps.append(_Step(layer))
+    return steps
 
 
 def _count(layer: nn.Module, count: int) -> int:
@@ -158,24 +171,25 @@ def _sources(layer: nn.Module, t: int) -> list[int]:
     return [t // layer.stride] if isinstance(layer, TimeGrow) else [t]
 
 
-def _run_one(layer: nn.Module, known: Mapping[int, Tensor], wanted: list[int]) -> dict[int, Tensor]:
-    """Give some frames of a layer, each of those that are alike computed once."""
+def _run_one(step: _Step, known: Mapping[int, Tensor], wanted: list[int]) -> dict[int, Tensor]:
+    """Give some frames of a step, each of those that are alike computed once."""
     found: dict[int, Tensor] = {}
     made: dict[tuple[int, ...], Tensor] = {}
     for t in wanted:
-        sources = [known[source] for source in _sources(layer, t)]
-        place = t % layer.stride if isinstance(layer, TimeGrow) else 0
+        sources = [known[source] for source in _sources(step.layer, t)]
+        place = t % step.layer.stride if isinstance(step.layer, TimeGrow) else 0
         key = (place, *map(id, sources))
         if key not in made:
-            made[key] = _make(layer, sources, place)
+            made[key] = _make(step, sources, place)
         found[t] = made[key]
     return found
 
 
-def _make(layer: nn.Module, sources: list[Tensor], place: int) -> Tensor:
-    if isinstance(layer, TimePool):
-        return layer.merge(sources)
-    if isinstance(layer, TimeGrow):
-        return layer.part(sources[0], place)
-    made: Tensor = layer(*sources)
+def _make(step: _Step, sources: list[Tensor], place: int) -> Tensor:
+    if isinstance(step.layer, TimePool):
+        return step.layer.merge(sources)
+    if isinstance(step.layer, TimeGrow):
+        assert step.after is not None  # in all tiny autoencoders
+        return step.layer.part(sources[0], place, step.after)
+    made: Tensor = step.layer(*sources)
     return made

@@ -111,11 +111,11 @@ def test_the_layers_are_those_run_frame_by_frame(name: str, latent_frames: int) 
 @EACH
 @pytest.mark.parametrize("latent_frames", [1, 2, 3])
 def test_the_last_frame_alone_is_the_last_of_all(name: str, latent_frames: int) -> None:
-    autoencoder = make(name)
-    latents = autoencoder.encode(video_for(autoencoder, latent_frames))
+    autoencoder = make(name).double()  # layers that become one sum in another order
+    latents = autoencoder.encode(video_for(autoencoder, latent_frames).double())
     assert latents.shape[2] == latent_frames
     last = autoencoder.decode(latents)[:, :, -1]
-    torch.testing.assert_close(autoencoder.decode_last(latents), last, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(autoencoder.decode_last(latents), last, rtol=1e-9, atol=1e-9)
 
 
 @EACH
