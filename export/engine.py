@@ -21,10 +21,20 @@ if TYPE_CHECKING:
 ENGINES = "fewshot_rt.export.engines"
 Examples = Sequence[Mapping[str, np.ndarray]]
 # Fastest first at one image a call, by the records of `bench` on a processor; on a GPU they have
-# not been compared yet.
+# not been compared yet. Each with the precisions that it has on such a device.
 FASTEST = {
-    "cpu": ("openvino", "aoti", "eager", "onnx"),
-    "cuda": ("trt", "aoti", "onnx", "eager"),
+    "cpu": {
+        "openvino": ("fp32", "bf16", "int8"),
+        "onnx": ("fp32", "int8"),
+        "aoti": ("fp32", "bf16", "int8"),
+        "eager": ("fp32",),
+    },
+    "cuda": {
+        "trt": ("fp32", "fp16", "bf16", "int8", "fp8"),
+        "aoti": ("fp32", "bf16", "fp8"),
+        "onnx": ("fp32", "fp16", "bf16"),
+        "eager": ("fp32",),
+    },
 }
 AGAIN = "Export it again: fewshot-rt export."
 
@@ -117,10 +127,9 @@ def fastest_engine(device: str, precision: str = "fp32") -> str:
 
     Raises: EngineError if none can.
     """
-    for name in FASTEST["cuda" if device.startswith("cuda") else "cpu"]:
-        engine = get_engine(name)
+    for name, precisions in FASTEST["cuda" if device.startswith("cuda") else "cpu"].items():
         needs_compiler = name == "aoti" and missing_compiler()
-        if precision in engine.precisions and not engine.missing() and not needs_compiler:
+        if precision in precisions and not get_engine(name).missing() and not needs_compiler:
             return name
     raise EngineError(
         f"no engine can build {precision} for {device!r} here. See `fewshot-rt doctor`."

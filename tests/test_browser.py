@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
 
@@ -50,6 +51,7 @@ FLAGS = (
 )
 UNREACHABLE = ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ENETUNREACH")
 SIZE = (45, 61)
+BUNDLE = Path("runs/one/bundles/onnx-fp32")
 # What a browser has and Node.js has not, around the JavaScript of the README.
 AROUND = """
 import { readFileSync, writeFileSync } from "node:fs";
@@ -111,16 +113,20 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Predictor]:
     """A short training's one file, and its bundle; both answer in pictures."""
-    path, codec = tmp_path_factory.mktemp("model") / "squares.onnx", Codec("rgb")
-    run = workshop / "runs" / "one"
+    path = tmp_path_factory.mktemp("model") / "squares.onnx"
+    write_model(workshop, path)
+    bundle = open_bundle(workshop / BUNDLE, threads=1)
+    return path, bundle.with_recipe(codec=Codec("rgb"))
+
+
+def write_model(workshop: Path, path: Path, **way: Any) -> None:
+    """Write the run's one file. way: precision, and pairs for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workshop)
-        base, adapter, values = open_exact(run)
-    recipe = open_bundle(run / "bundles" / "onnx-fp32").with_recipe(codec=codec).recipe
+        base, adapter, values = open_exact(Path("runs/one"))
+    recipe = open_bundle(workshop / BUNDLE).with_recipe(codec=Codec("rgb")).recipe
     shared = {"recipe": recipe, "prompt": values["prompt"], "origin": {"run": "one"}}
-    assert list(export_single(base, path=path, adapter=adapter, **shared))
-    bundle = open_bundle(run / "bundles" / "onnx-fp32", threads=1)
-    return path, bundle.with_recipe(codec=codec)
+    assert list(export_single(base, path=path, adapter=adapter, **shared, **way))
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +217,23 @@ def test_a_chosen_image_is_answered_as_from_python(
     assert waiting.value.suggested_filename == "my picture.v2-answer.png"
     downloaded = Image.open(io.BytesIO(Path(waiting.value.path()).read_bytes())).convert("RGBA")
     np.testing.assert_array_equal(np.asarray(downloaded), pixels_of(page, "answer"))
+
+
+def test_a_file_in_int8_is_answered_as_from_python(
+    page: Any, workshop: Path, image: Path, tmp_path: Path
+) -> None:
+    path, pixels = tmp_path / "int8.onnx", np.asarray(Image.open(image))
+    predictor = open_bundle(workshop / BUNDLE).with_recipe(codec=Codec("rgb"))
+    pairs = [(pixels, answer_images(predictor, [pixels])[0])]
+    write_model(workshop, path, precision="int8", pairs=pairs)
+    give(page, "model", path)
+    give(page, "images", image)
+    (expected,) = onnxruntime.InferenceSession(path).run(None, {"image": pixels[None]})[0]
+    difference = np.abs(expected.astype(int) - pixels_of(page, "answer")[..., :3])
+    # A sum in another order rounds to another of 256 levels in places, and so on from there.
+    assert np.std(expected) > 5
+    assert difference.max() <= 3
+    assert (difference.max(axis=-1) > 1).mean() <= 0.01
 
 
 def test_what_is_dropped_is_answered_in_the_order_given(
