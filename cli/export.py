@@ -150,8 +150,8 @@ def _write_single(
     parity, quality = _watch(steps, "onnx", stages=5)
     size = path.stat().st_size
     say(f"exported: {path} ({size / 1e6:.1f} MB)")
-    for error in parity.values():
-        say(f"parity    differs from PyTorch by {error:.1e} relative, at most")
+    if parity:
+        say(f"parity    differs from PyTorch by {parity['answer']:.1e} relative, at most")
     _say_quality(quality)
     say('next      onnxruntime in any language: see the README, "One file"')
     return {"file": path, "size_bytes": size, "parity": parity, "quality": quality}

@@ -47,6 +47,7 @@ class Engine(Protocol):
     which adapters are merged after loading. merged: precisions in which they are merged before
     building all the same. is_fixed: whether it builds for full batches alone.
     coders: the precision of encoder and decoder beside a denoiser's, where it is another.
+    tiny: precisions that a tiny autoencoder takes all the same.
     calibrated: precisions whose scales `build` finds on examples. hints: what `load` can be told to
     favour, as `hint`.
     """
@@ -58,6 +59,7 @@ class Engine(Protocol):
     merged: tuple[str, ...]
     is_fixed: bool
     coders: Mapping[str, str]
+    tiny: tuple[str, ...]
     calibrated: tuple[str, ...]
     hints: tuple[str, ...]
 

@@ -56,7 +56,9 @@ def _is_made_of(node: Node, values: dict[Node, Tensor]) -> bool:
     sources = node.all_input_nodes
     is_given = bool(sources) and all(source in values for source in sources)
     is_plain = node.target is operator.getitem or isinstance(node.target, OpOverload)
-    return is_given and is_plain and not node.kwargs and not writes(node) and not is_changed(node)
+    is_drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    is_fixed = not is_drawn and not writes(node) and not is_changed(node)
+    return is_given and is_plain and is_fixed and not node.kwargs
 
 
 def _buffer(weight: Node, name: str) -> InputSpec:

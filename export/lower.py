@@ -8,6 +8,8 @@ fp32, and the compiler fuses the conversions into its neighbours.
     fp16   the same in fp16
     int8   the blocks' linear layers in int8, the other products in bf16
     fp8    the blocks' linear layers in e4m3, the other products in bf16
+
+"bf16 around blocks" leaves the blocks' linear layers in fp32, for engines that put them in int8.
 """
 
 from collections.abc import Callable
@@ -51,10 +53,27 @@ def _keep(lifted: Lifted) -> None:
     """Leave all as it was captured."""
 
 
-def _halve(lifted: Lifted, half: torch.dtype = torch.bfloat16) -> None:
+def _halve(
+    lifted: Lifted,
+    half: torch.dtype = torch.bfloat16,
+    spares: Callable[[Node], bool] = lambda _: False,
+) -> None:
     for node in list(lifted.module.graph.nodes):
-        if node.op == "call_function" and _is_product(node):
+        if node.op == "call_function" and _is_product(node) and not spares(node):
             _in_half(lifted, node, half)
+
+
+def _halve_around_blocks(lifted: Lifted) -> None:
+    _halve(lifted, spares=lambda node: _is_linear(node, lifted))
+
+
+def _is_linear(node: Node, lifted: Lifted) -> bool:
+    """Say whether a node is a linear layer of a block."""
+    if node.target is not ATEN.linear.default:
+        return False
+    weight = node.args[1]
+    is_weight = isinstance(weight, Node) and weight.name in lifted.weights
+    return is_weight and block_of(node) is not None
 
 
 def _to_fp16(lifted: Lifted) -> None:
@@ -63,8 +82,7 @@ def _to_fp16(lifted: Lifted) -> None:
 
 def _quantise(lifted: Lifted, form: str, fits: Callable[[Node], bool]) -> None:
     for node in list(lifted.module.graph.nodes):
-        is_linear = node.target is ATEN.linear.default and node.args[1].name in lifted.weights
-        if is_linear and block_of(node) is not None and fits(node):
+        if _is_linear(node, lifted) and fits(node):
             _in_8_bits(lifted, node, form)
 
 
@@ -86,6 +104,7 @@ def _to_fp8(lifted: Lifted) -> None:
 _PASSES: dict[str, Callable[[Lifted], None]] = {
     "fp32": _keep,
     "bf16": _halve,
+    "bf16 around blocks": _halve_around_blocks,
     "fp16": _to_fp16,
     "int8": _to_int8,
     "fp8": _to_fp8,

@@ -79,7 +79,7 @@ def cut_model(
     )
     roles = make_roles(base, signatures)
     runners = {n: run_eagerly(roles[n], signatures[n], device=base.device) for n in ROLES}
-    precisions = {role: _precision_of(role, base, precision, engine) for role in ROLES} | {
+    precisions = {role: precision_of(role, base, precision, engine) for role in ROLES} | {
         ANSWER: precision
     }
     return Model(
@@ -94,11 +94,14 @@ def cut_model(
     )
 
 
-def _precision_of(role: str, base: Base, precision: str, engine: Engine) -> str:
-    """Give the precision of a role: 8 bits are for the denoiser, and some coders need fp32."""
+def precision_of(role: str, base: Base, precision: str, engine: Engine) -> str:
+    """Give the precision of a role: few coders take 8 bits, and some need fp32."""
     if role == "denoiser":
         return precision
-    return "fp32" if role in base.exact_roles else engine.coders.get(precision, precision)
+    if role in base.exact_roles:
+        return "fp32"
+    is_small = role in base.tiny_roles and precision in engine.tiny
+    return precision if is_small else engine.coders.get(precision, precision)
 
 
 def make_trial(model: Model, pictures: Sequence[Floats]) -> Trial:

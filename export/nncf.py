@@ -12,9 +12,8 @@ from fewshot_rt.errors import EngineError
 
 from .engine import Examples, missing_package
 from .engines.openvino import without_telemetry
-from .onnx_graph import in_8_bits
+from .onnx_graph import in_int8
 
-LAYERS = ("MatMul", "Convolution")
 WITHOUT_ARITHMETIC = ("Constant", "Parameter", "Result")
 
 
@@ -27,7 +26,7 @@ def quantise(model: Any, examples: Examples) -> Any:
     if reason:
         raise EngineError(f"engine 'openvino' cannot build int8: {reason}")
     kinds = {node.get_friendly_name(): node.get_type_name() for node in model.get_ops()}
-    layers = {n for n, k in kinds.items() if k in LAYERS and in_8_bits(k, n)}
+    layers = {name for name, kind in kinds.items() if in_int8(kind, name)}
     if not layers:
         return model
     has_tokens = any(kinds[name] == "MatMul" for name in layers)

@@ -28,9 +28,11 @@ OPSET = 23
 LARGEST_INLINE_BYTES = 1_900_000_000
 DATA_SUFFIX = ".data"
 BLOCK = re.compile(r"\.\d+\.")  # in the name of a layer that is in one of a list of blocks
-# In the name of a layer of a tiny autoencoder, whose layers are one list; in 8 bits are these alone
-# among convolutions: not its shortcut, which carries most of what is seen.
-CODER = re.compile(r"coder\.\d+\b")
+# What the layers that take int8 are called, by what they are: those of a denoiser's blocks, and
+# those of a tiny autoencoder, which are one list; not its shortcut, which carries most of what is
+# seen.
+CODER = re.compile(r"autoencoder\.(?:en|de)coder\.\d+\b")
+INT8 = {"MatMul": re.compile(r"^denoiser\..*\.\d+\."), "Conv": CODER, "Convolution": CODER}
 # The modules around a node, outermost first, then its own name; written by torch.onnx.
 SCOPES = "pkg.torch.onnx.name_scopes"
 PRODUCTS = ("MatMul", "Gemm", "Conv")
@@ -121,9 +123,9 @@ def _tidy(model: Any, signature: Signature) -> None:
                 value.shape[position] = renamed[str(size)]
 
 
-def in_8_bits(kind: str, name: str) -> bool:
-    """Say whether an operator is a layer of those that take 8 bits."""
-    return bool({"MatMul": BLOCK, "Conv": CODER, "Convolution": CODER}[kind].search(name))
+def in_int8(kind: str, name: str) -> bool:
+    """Say whether an operator is a layer of those that take int8."""
+    return kind in INT8 and INT8[kind].search(name) is not None
 
 
 def _name_products(graph: Any) -> None:
@@ -138,7 +140,7 @@ def _name_products(graph: Any) -> None:
             continue
         weight = node.inputs[1]
         # A part of a module's weight is used outside of the module.
-        owner, is_part, _ = weight.name.partition(".weight_")
+        owner, is_part, _ = weight.name.rpartition(".weight_")
         module = owner if is_part else scopes[-2]
         if not module:
             continue

@@ -1,9 +1,10 @@
 """An ONNX file in int8: linear layers of blocks and a tiny autoencoder's, by static quantisation.
 
-Scales are found on examples once, one for each tensor of tokens and one for each output channel of
-a weight. (Scales found at each call would be those of a whole batch, and an answer would depend on
-what came with it.) ONNX Runtime's own quantiser writes them as QuantizeLinear and DequantizeLinear
-around each product; the rest stays in fp32.
+Scales are found on examples once, one for each tensor that a layer takes and one for each output
+channel of a weight. (Scales found at each call would be those of a whole batch, and an answer would
+depend on what came with it.) ONNX Runtime's own quantiser writes them as QuantizeLinear and
+DequantizeLinear around each product. Products give fp32; convolutions give int8, as ONNX Runtime
+runs them in it only then. The rest stays in fp32.
 """
 
 import logging
@@ -15,9 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from .engine import Examples
-from .onnx_graph import in_8_bits, is_large
-
-LAYERS = ("MatMul", "Conv")
+from .onnx_graph import in_int8, is_large
 
 
 def quantise(path: Path, examples: Examples) -> None:
@@ -39,7 +38,8 @@ def quantise(path: Path, examples: Examples) -> None:
             return next(self._left, None)
 
     graph = onnx.load(path, load_external_data=False).graph
-    layers = [n.name for n in graph.node if n.op_type in LAYERS and in_8_bits(n.op_type, n.name)]
+    weights = {tensor.name for tensor in graph.initializer}
+    layers = [n for n in graph.node if in_int8(n.op_type, n.name) and n.input[1] in weights]
     if not layers:
         return
     # In a folder of its own: files of external data are known by their names.
@@ -52,8 +52,8 @@ def quantise(path: Path, examples: Examples) -> None:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
-            op_types_to_quantize=list(LAYERS),
-            nodes_to_quantize=layers,
+            op_types_to_quantize=sorted({layer.op_type for layer in layers}),
+            nodes_to_quantize=[layer.name for layer in layers],
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
             use_external_data_format=is_large(path),
         )

@@ -43,6 +43,7 @@ def capture(module: nn.Module, signature: Signature, *, role: str) -> Program:
     """Trace a role once, for every size that its signature admits.
 
     Weights that the role does not use (an encoder's module may also hold the decoder) are left out.
+    Except in a denoiser, whose weights adapters change, what is made of weights alone is a weight.
     The signature alone decides the example inputs and which axes vary.
     """
     # An example axis of size 0 or 1 would be taken for a constant by torch.export.
@@ -54,7 +55,7 @@ def capture(module: nn.Module, signature: Signature, *, role: str) -> Program:
     exported = torch.export.export(
         module, tensors, dynamic_shapes=(_dynamic_shapes(signature),), strict=False
     )
-    if role != "denoiser":  # whose weights adapters change
+    if role != "denoiser":
         fold_weights(exported)
     _drop_unused(exported)
     interleave_halves(exported)

@@ -46,7 +46,7 @@ def judge_quality(eager: Predictor, engine: Predictor, pairs: Pairs) -> Quality:
 
 
 def judge_answers(eager: Predictor, answers: Sequence[Pixels], pairs: Pairs) -> Quality:
-    """Require that an engine's answers to pairs are as good as eager's, of which it makes them.
+    """Require that an engine's answers to pairs are as good as eager's, which are made here.
 
     Raises: EngineError if their error is larger by more than `MOST_SHARE` and `MOST_MORE` allow.
     """

@@ -55,7 +55,7 @@ def part_halves(graph: Graph) -> int:
         given = arguments(attention)
         ends = [_interleaving(given[name], attention) for name in ("query", "key")]
         found = [end for end in ends if end is not None]
-        if len(found) == len(ends):
+        if len({node for node, _ in found}) == len(ends):
             count += 1
             for node, halves in found:
                 _rewrite(graph, node, ATEN.cat.default, (list(halves), -1))
@@ -98,7 +98,9 @@ def _parted(graph: Graph, pairs: Node) -> Node:
     order = [*others, two, last]
     for user in pairs.users:
         if user.target is ATEN.permute.default and user.args[1] == order:
-            return next(iter(user.users))
+            for flat in user.users:
+                if flat.target is ATEN.flatten.using_ints and flat.args[1:] == (-2,):
+                    return flat
     with graph.inserting_after(pairs):
         turned = call(graph, ATEN.permute.default, (pairs, order), like=pairs)
     with graph.inserting_after(turned):

@@ -64,7 +64,8 @@ def export_single(
     """Write a base as one ONNX file from images to answers; yield after every stage.
 
     The file appears, or takes the place of an older one, only after it answered pictures of several
-    sizes and batches as eager does; in int8, pairs of the task as well as eager does. adapter: if
+    sizes and batches as eager does; in int8, pairs of the task as well as eager does, and pictures
+    of several sizes whatever comes with them. adapter: if
     it is not merged into the base yet; it is then. origin: as for `export_bundle`; it goes, with
     what else is known, into the file's properties. precision: one of `PRECISIONS`. pairs: inputs
     and targets as their files have them; int8 finds its scales on them, too.
@@ -271,7 +272,7 @@ def _judge(eager: Predictor, runner: Runner) -> Iterator[BuildStep]:
         found = runner({"image": pictures})
         figures.append(compare({"answer": expected}, found))
         differences.append(np.abs(expected.astype(int) - found["answer"]).max(axis=-1).ravel())
-    _require_same(np.concatenate(differences), codec)
+    _require_same(np.concatenate(differences), codec, than="than PyTorch")
     seconds = time.perf_counter() - started
     yield BuildStep(role=ANSWER, stage="parity", seconds=seconds, parity=worst(figures))
 
@@ -282,18 +283,28 @@ def _judge_by_metric(eager: Predictor, runner: Runner, pairs: Pairs) -> Iterator
     In fewer bits some pixels at outlines change; how many may do so, the task's metric says.
     """
     started = time.perf_counter()
-    answers = [runner({"image": image[None]})["answer"][0] for image, _ in pairs]
-    quality = judge_answers(eager, answers, pairs)
+
+    def answer(image: Pixels) -> Pixels:
+        found: Pixels = runner({"image": image[None]})["answer"][0]
+        return found
+
+    quality = judge_answers(eager, [answer(image) for image, _ in pairs], pairs)
+    for pictures in _draw_pictures(eager.recipe.size):
+        together = runner({"image": pictures})
+        alone = np.stack([answer(picture) for picture in pictures])
+        compare({"answer": alone}, together)  # for the shape
+        differences = np.abs(alone.astype(int) - together["answer"]).max(axis=-1).ravel()
+        _require_same(differences, eager.recipe.codec, than="to each image alone")
     seconds = time.perf_counter() - started
     yield BuildStep(role=ANSWER, stage="quality", seconds=seconds, quality=quality)
 
 
-def _require_same(differences: NDArray[np.int_], codec: Codec) -> None:
+def _require_same(differences: NDArray[np.int_], codec: Codec, *, than: str) -> None:
     """Require that few pixels differ; in pictures, by one level. Raises: EngineError."""
     changed, most = float((differences > 0).mean()), int(differences.max())
     if changed > MOST_CHANGED or (most > 1 and not codec.colours):
         raise EngineError(
-            f"the file answers otherwise than PyTorch: {changed:.1%} of the pixels differ, by up "
+            f"the file answers otherwise {than}: {changed:.1%} of the pixels differ, by up "
             f"to {most} of 255, and {MOST_CHANGED:.0%} may{'' if codec.colours else ', by 1'}. "
             "Export a bundle: leave out --single-file."
         )

@@ -19,6 +19,7 @@ from .autoencoder_layers import (
     conv,
     run_all,
     run_needed,
+    sum_alike,
 )
 
 
@@ -119,11 +120,10 @@ class TinyVideoAutoencoder(nn.Module):
         frames = [frame * self.std + self.mean for frame in latents.unbind(2)]
         pixels = functional.pixel_shuffle(run_needed(self.decoder, frames), self.config.patch)
         if self.config.has_shortcut:
-            parts = dict(self.shortcut_out.named_parameters())
-            weight, bias = (
-                parts[name].chunk(self.config.time_factor)[-1] for name in ("weight", "bias")
-            )
-            cells = functional.conv2d(frames[-1], weight, bias)
+            weight, bias = self.shortcut_out.weight, self.shortcut_out.bias
+            assert bias is not None
+            last = -(len(weight) // self.config.time_factor)  # the channels of the last frame
+            cells = functional.conv2d(frames[-1], weight[last:], bias[last:])
             pixels = pixels + functional.pixel_shuffle(cells, self.config.space_factor)
         return pixels
 
@@ -143,7 +143,7 @@ class TinyVideoAutoencoder(nn.Module):
         latents = run_needed(self.encoder, [frame] * factor)
         if self.config.has_shortcut:
             cells = functional.pixel_unshuffle(image, self.config.space_factor)
-            weight = torch.unflatten(self.shortcut_in.weight, 1, (factor, -1)).sum(dim=1)
+            weight = sum_alike(self.shortcut_in.weight, factor)
             latents = latents + functional.conv2d(cells, weight, self.shortcut_in.bias)
         return latents
 

@@ -64,8 +64,7 @@ class TimePool(nn.Module):
         if any(frame is not frames[0] for frame in frames):
             merged: Tensor = self.conv(torch.cat(list(frames), 1))
             return merged
-        weight = torch.unflatten(self.conv.weight, 1, (self.stride, -1)).sum(dim=1)
-        return functional.conv2d(frames[0], weight)
+        return functional.conv2d(frames[0], sum_alike(self.conv.weight, self.stride))
 
 
 class TimeGrow(nn.Module):
@@ -85,7 +84,8 @@ class TimeGrow(nn.Module):
     def part(self, frame: Tensor, place: int, after: nn.Conv2d) -> Tensor:
         """Give one of the frames that a frame is split into, and what a convolution makes of it.
 
-        Both are linear, so they are one convolution. Shapes: [B, C, h, w] -> [B, C', h, w].
+        Both are linear, so they are one convolution. after: of 3 x 3, which keeps the size.
+        Shapes: [B, C, h, w] -> [B, C', h, w].
         """
         part = self.conv.weight.chunk(self.stride)[place].flatten(1)
         weight = torch.einsum("ocyx, ci -> oiyx", after.weight, part)
@@ -98,6 +98,14 @@ class SoftClamp(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Shapes: any."""
         return torch.tanh(latents / 3) * 3
+
+
+def sum_alike(weight: Tensor, count: int) -> Tensor:
+    """Give the weight for one frame in place of as many that are alike.
+
+    Shapes: [C', count x C, h, w] -> [C', C, h, w].
+    """
+    return torch.unflatten(weight, 1, (count, -1)).sum(dim=1)
 
 
 def conv(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:

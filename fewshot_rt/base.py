@@ -45,8 +45,11 @@ class Base(Protocol):
         ...
 
     @property
-    def has_tiny_decoder(self) -> bool:
-        """Say whether decoding is cheap enough for every update of a training."""
+    def tiny_roles(self) -> tuple[str, ...]:
+        """List those of encoder and decoder that a tiny autoencoder serves.
+
+        Its decoder is cheap enough for every update of a training.
+        """
         ...
 
     def networks(self) -> "dict[str, nn.Module]":

@@ -107,7 +107,7 @@ def choose_loss(config: TrainConfig, base: Base) -> Loss:
         return diffusion_loss
     if config.objective == "grid":
         return partial(grid_loss, steps=config.grid_steps)
-    if config.pixel_loss and not base.has_tiny_decoder:
+    if config.pixel_loss and "decoder" not in base.tiny_roles:
         raise ConfigError(
             f"--pixel-loss would take the whole decoder of {base.name} into every update: give a "
             "tiny one with --vae, if there is one for it, or leave it out."

@@ -105,9 +105,11 @@ class PipelineBase(Generic[D]):
         return {name: self._bring(module) for name, module in self._others.items()}
 
     @property
-    def has_tiny_decoder(self) -> bool:
-        """Say whether a tiny autoencoder decodes."""
-        return self._tiny is not None
+    def tiny_roles(self) -> tuple[str, ...]:
+        """List those of encoder and decoder that a tiny autoencoder serves."""
+        if self._tiny is None:
+            return ()
+        return ("encoder", "decoder") if self._tiny.has_encoder else ("decoder",)
 
     @property
     def autoencoder(self) -> Any:
@@ -190,6 +192,8 @@ class PipelineBase(Generic[D]):
         tiny = read_taehv(path, self.tiny_file, self.geometry).eval().requires_grad_(False)
         self._others["autoencoder" if tiny.has_encoder else "tiny_autoencoder"] = tiny
         self._tiny = tiny
+        # An encoder may hold more than the autoencoder.
+        self.exact_roles = tuple(role for role in self.exact_roles if role != "decoder")
         self.revision = f"{self.revision}+{digest_file(path)}"
 
     def encode(self, video: Tensor) -> Tensor:

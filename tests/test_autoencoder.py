@@ -118,6 +118,15 @@ def test_the_last_frame_alone_is_the_last_of_all(name: str, latent_frames: int) 
     torch.testing.assert_close(autoencoder.decode_last(latents), last, rtol=1e-9, atol=1e-9)
 
 
+def test_the_last_frame_has_the_gradient_that_it_has_among_all() -> None:
+    autoencoder = make("pocket").double()
+    latents = autoencoder.encode(video_for(autoencoder, 2).double())
+    found, expected = (latents.clone().requires_grad_() for _ in range(2))
+    autoencoder.decode_last(found).square().sum().backward()
+    autoencoder.decode(expected)[:, :, -1].square().sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-9)
+
+
 @EACH
 def test_shapes_come_back(name: str) -> None:
     autoencoder = make(name)
@@ -193,13 +202,15 @@ def test_the_shortcut_holds_the_mean_of_the_frames() -> None:
 
 @pytest.mark.parametrize("name", ["pocket", "no shortcut"])
 def test_it_can_be_exported(name: str) -> None:
-    autoencoder = make(name)
+    autoencoder, batch = make(name), torch.export.Dim("batch", min=1, max=4)
     video = video_for(autoencoder, 2)
-    latents = autoencoder.encode(video)
-    for method, example in (("encode", video), ("decode_last", latents)):
-        program = torch.export.export(_Role(autoencoder, method), (example,))
-        expected = getattr(autoencoder, method)(example)
-        torch.testing.assert_close(program.module()(example), expected, rtol=1e-5, atol=1e-6)
+    latents, image = autoencoder.encode(video), video[:, :, :1]
+    for method, example in (("encode", video), ("encode", image), ("decode_last", latents)):
+        role = _Role(autoencoder, method)
+        program = torch.export.export(role, (example,), dynamic_shapes=({0: batch},))
+        for given in (example, example[:1], torch.cat([example, example.flip(0)])):
+            expected = getattr(autoencoder, method)(given)
+            torch.testing.assert_close(program.module()(given), expected, rtol=1e-5, atol=1e-6)
 
 
 class _Role(nn.Module):

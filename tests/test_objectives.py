@@ -108,7 +108,7 @@ def test_a_grid_knows_how_the_size_of_a_video_shifts_its_times() -> None:
 def test_pixels_want_a_tiny_decoder(tiny_base: Any) -> None:
     config = TrainConfig(pixel_loss=0.1)
     assert callable(choose_loss(config, tiny_base))
-    tiny_base.has_tiny_decoder = False
+    tiny_base.tiny_roles = ()
     with pytest.raises(ConfigError, match="--vae"):
         choose_loss(config, tiny_base)
 

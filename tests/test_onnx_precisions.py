@@ -205,6 +205,26 @@ def test_int8_is_in_all_of_a_tiny_autoencoder_but_its_shortcut(
         assert parity.rel_l2 > 1e-6, "nothing was rounded"
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("MatMul", "denoiser.transformer.blocks.3.attn1.to_q", True),
+        ("MatMul", "denoiser.transformer.transformer_blocks.0.ff.net.0.proj/2", True),  # 2nd step
+        ("MatMul", "denoiser.transformer.condition_embedder.time_embedder.linear_1", False),
+        ("MatMul", "image_encoder.tower.vision_model.encoder.layers.0.self_attn.q_proj", False),
+        ("MatMul", "autoencoder.decoder.up_blocks.0.time_embedder.linear_1", False),  # LTX 0.9.5
+        ("Conv", "autoencoder.encoder.0", True),
+        ("Convolution", "tiny_autoencoder.decoder.3.conv.0/2", True),
+        ("Conv", "autoencoder.shortcut_out", False),
+        ("Conv", "autoencoder.decoder.up_blocks.0.upsamplers.0.conv", False),  # CogVideoX
+        ("Conv", "denoiser.transformer.patch_embedding", False),
+        ("Gemm", "denoiser.transformer.blocks.3.attn1.to_q", False),
+    ],
+)
+def test_layers_that_take_int8_are_known_by_name(kind: str, name: str, expected: bool) -> None:
+    assert onnx_graph.in_int8(kind, name) is expected
+
+
 def test_what_has_no_such_layers_stays_as_it_is(tmp_path: Path) -> None:
     size = ("batch", 3, 4, 4)
     signature = Signature(

@@ -115,13 +115,24 @@ def test_fewer_bits_are_near_and_are_what_is_executed(
         require(parity, role=role, tolerance=precision)
         assert parity[name].rel_l2 > 1e-5, "nothing was rounded"
     found = executed(path, program)
-    wanted = {"bf16": "bf16", "int8": "u8"}[precision]  # of tokens
+    wanted = {"bf16": (" bf16",), "int8": (" u8", " i8")}[precision]  # of tokens
     products = sum(
         n
         for kind, n in found.items()
-        if kind.split()[0] in ("FullyConnected", "MatMul", "Convolution") and wanted in kind
+        if kind.startswith(("FullyConnected", "MatMul", "Convolution")) and kind.endswith(wanted)
     )
     assert products >= (LINEAR if role == "denoiser" else 3), found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_times_stay_in_fp32(precision: str, frozen: Any, built: Any) -> None:
+    """In bf16 750 thousandths would be 752, and the angles of their sines as wrong."""
+    program, eager = frozen("denoiser")
+    runner = engine.load(built("denoiser", precision), program.signature)
+    for time in (0.75, 0.83, 0.9):
+        case = examples(program)[0]
+        case["time"] = np.full_like(case["time"], time)
+        require(compare(eager(case), runner(case)), role="denoiser", tolerance=precision)
 
 
 def test_fp32_stays_in_fp32(frozen: Any, built: Any) -> None:
@@ -175,11 +186,14 @@ def test_what_is_not_there_is_refused(
         engine.load(built("decoder", "fp32"), program.signature, device="cuda")
     with pytest.raises(EngineError, match="finds the scales of int8 on the images"):
         engine.build(program, tmp_path / "a.xml", precision="int8")
-    monkeypatch.setattr(engine, "CAPABILITIES", {"bf16": "none"})
-    with pytest.raises(EngineError, match=r"this cpu has no arithmetic in bf16\. Choose fp32"):
-        engine.build(program, tmp_path / "a.xml", precision="bf16")
-    with pytest.raises(EngineError, match=r"this cpu has no arithmetic in bf16\. Choose fp32"):
-        engine.load(built("decoder", "bf16"), program.signature)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "CAPABILITIES", {"bf16": {"NONE"}, "int8": {"INT8", "NONE"}})
+        for precision, said in (("bf16", "none"), ("int8", "int8 and none")):
+            path = built("decoder", precision)
+            with pytest.raises(EngineError, match=f"no arithmetic in {said}. Choose fp32"):
+                engine.build(program, tmp_path / "a.xml", precision=precision)
+            with pytest.raises(EngineError, match=f"no arithmetic in {said}. Choose fp32"):
+                engine.load(path, program.signature)
     monkeypatch.setattr(quantiser, "missing_package", lambda *_, install: f"Install {install}.")
     with pytest.raises(EngineError, match=r"cannot build int8: Install fewshot-rt\[openvino\]"):
         engine.build(program, tmp_path / "a.xml", precision="int8", examples=examples(program))

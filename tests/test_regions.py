@@ -151,6 +151,7 @@ def test_a_graph_that_writes_into_itself_is_refused() -> None:
 
 
 LIMITS = {"fp32": 0.0, "bf16": 1e-2, "fp16": 2e-3, "int8": 2e-2, "fp8": 5e-2}
+LIMITS["bf16 around blocks"] = LIMITS["bf16"]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -164,8 +165,8 @@ def test_fewer_bits_stay_close(programs: dict[str, Program], precision: str) -> 
     error = relative(play(regions, plan, lifted, given)[0], reference(program, given))
     assert error <= LIMITS[precision]
     # None is the same arithmetic under another name.
-    coarser = {"fp32": 0.0, "bf16": 1e-4, "fp16": 1e-5, "int8": 5e-4, "fp8": 1e-3}
-    assert error >= coarser[precision]
+    coarser = {"fp32": 0.0, "fp16": 1e-5, "int8": 5e-4, "fp8": 1e-3}
+    assert error >= coarser.get(precision, 1e-4)
 
 
 def test_8_bits_are_for_the_linear_layers_of_blocks(programs: dict[str, Program]) -> None:

@@ -30,6 +30,8 @@ from tiny.taehv import (
 
 from fewshot_rt.bases import open_base
 from fewshot_rt.errors import ModelError
+from fewshot_rt.export.engine import get_engine
+from fewshot_rt.export.model import precision_of
 from fewshot_rt.fit import fit
 from fewshot_rt.runs import open_merged, open_run
 from fewshot_rt.taehv import Taehv, TinyFile, read_taehv
@@ -175,6 +177,25 @@ def test_a_base_with_a_clean_first_frame_uses_both_halves(wan: Any, tmp_path: Pa
     assert base.revision.startswith(f"{own.revision}+")
     other = write(tmp_path, "taew2_2", draw_weights(KINDS["wan 2.2"], seed=5))
     assert open_base(str(wan("2.2-5B")), vae=str(other)).revision != base.revision
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "tiny_roles"),
+    [("2.2-5B", "taew2_2", ("encoder", "decoder")), ("2.1", "taew2_1", ("decoder",))],
+)
+def test_what_a_tiny_one_decodes_may_be_in_few_bits(
+    version: str, name: str, tiny_roles: tuple[str, ...], wan: Any, tmp_path: Path
+) -> None:
+    """Wan's own autoencoder stays in fp32, and the whole encoder, which may hold more."""
+    kind = KINDS["wan 2.2"] if name == "taew2_2" else (4, 1, (2, 2, 1))
+    path = write(tmp_path, name, draw_weights(kind))
+    own, base = open_base(str(wan(version))), open_base(str(wan(version)), vae=str(path))
+    assert (own.tiny_roles, base.tiny_roles) == ((), tiny_roles)
+    for engine, bits in (("onnx", "int8"), ("openvino", "int8"), ("aoti", "bf16")):
+        tool = get_engine(engine)
+        for role, expected in (("encoder", "fp32"), ("decoder", bits), ("denoiser", "int8")):
+            assert precision_of(role, base, "int8", tool) == expected
+        assert precision_of("decoder", own, "int8", tool) == "fp32"
 
 
 @torch.no_grad()

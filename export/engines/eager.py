@@ -27,6 +27,7 @@ is_live = False
 merged: tuple[str, ...] = ()
 is_fixed = False
 coders: dict[str, str] = {}
+tiny: tuple[str, ...] = ()
 calibrated: tuple[str, ...] = ()
 hints: tuple[str, ...] = ()
 devices = torch_devices

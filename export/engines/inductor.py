@@ -33,6 +33,7 @@ is_live = True
 merged: tuple[str, ...] = ()
 is_fixed = False
 coders = {"int8": "bf16", "fp8": "bf16"}
+tiny: tuple[str, ...] = ()
 calibrated: tuple[str, ...] = ()
 hints: tuple[str, ...] = ()
 devices = torch_devices

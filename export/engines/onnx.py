@@ -20,7 +20,8 @@ is_live = False
 merged: tuple[str, ...] = ()
 is_fixed = False
 # Its kernels for processors know neither bf16 nor fp16.
-coders: dict[str, str] = {}
+coders = {"int8": "fp32"}
+tiny: tuple[str, ...] = ("int8",)
 calibrated: tuple[str, ...] = ("int8",)
 hints: tuple[str, ...] = ()
 

@@ -5,7 +5,8 @@ to keep to it; by itself it would take bf16 wherever a processor has it:
 
     fp32   as captured
     bf16   a denoiser's products in bf16, as the graph has them; the other roles wholly in bf16
-    int8   layers of a denoiser's blocks and of a tiny autoencoder in int8, the rest in bf16
+    int8   linear layers of a denoiser's blocks in int8, its other products in bf16, as the graph
+           has them; a tiny autoencoder's layers in int8, the rest of it in bf16
 
 The network is compiled for each batch size that it is called with, which is faster than for any.
 With the hint "latency" all cores take one call together. With "throughput" the images of a call are
@@ -35,12 +36,15 @@ suffix = ".xml"
 is_live = False
 merged: tuple[str, ...] = ()
 is_fixed = False
-coders: dict[str, str] = {}
+coders = {"int8": "bf16"}
+tiny: tuple[str, ...] = ("int8",)
 calibrated: tuple[str, ...] = ("int8",)
 hints: tuple[str, ...] = ("latency", "throughput")
 
+# What a denoiser's graph is lowered to; times and tables stay in fp32.
+PRODUCTS = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16 around blocks"}
 SAID = "fewshot-rt"  # where a file says what its arithmetic is
-CAPABILITIES = {"bf16": "BF16", "int8": "INT8"}
+CAPABILITIES = {"bf16": {"BF16"}, "int8": {"INT8", "BF16"}}
 TELEMETRY = "openvino_telemetry"
 
 
@@ -78,11 +82,12 @@ def build(program: "Program", path: Path, *, precision: str, examples: Examples 
     _require_arithmetic(core, precision, "CPU")
     if precision == "int8":
         require_examples(name, precision, examples)
-    is_lowered = precision == "bf16" and program.role == "denoiser"
-    products = "bf16" if is_lowered else "fp32"
+    is_denoiser = program.role == "denoiser"
     with TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / "program.onnx"
-        write_onnx(lowered(program, products, change=part_halves), file)
+        if is_denoiser:
+            program = lowered(program, PRODUCTS[precision], change=part_halves)
+        write_onnx(program, file)
         try:
             model = core.read_model(file)
         except RuntimeError as error:
@@ -92,7 +97,7 @@ def build(program: "Program", path: Path, *, precision: str, examples: Examples 
 
             model = quantise(model, examples)
         model.set_rt_info(precision, [SAID, "precision"])
-        is_half = precision != "fp32" and not is_lowered
+        is_half = precision != "fp32" and not is_denoiser
         model.set_rt_info("bf16" if is_half else "f32", [SAID, "rest"])
         openvino.save_model(model, path, compress_to_fp16=False)
 
@@ -218,9 +223,9 @@ def without_telemetry() -> Iterator[None]:
 
 def _require_arithmetic(core: Any, precision: str, device: str) -> None:
     """Require arithmetic of a precision. Raises: EngineError that says what to choose instead."""
-    needed = CAPABILITIES.get(precision)
-    if needed and needed not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
+    needed = CAPABILITIES.get(precision, set())
+    if not needed <= set(core.get_property(device, "OPTIMIZATION_CAPABILITIES")):
         raise EngineError(
-            f"this {device.lower()} has no arithmetic in {precision}. Choose fp32, or another "
-            "engine."
+            f"this {device.lower()} has no arithmetic in {' and '.join(sorted(needed)).lower()}. "
+            "Choose fp32, or another engine."
         )

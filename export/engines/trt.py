@@ -31,6 +31,7 @@ suffix = ".engine"
 is_live = True
 is_fixed = True
 coders = {"int8": "fp16", "fp8": "bf16"}
+tiny: tuple[str, ...] = ()
 calibrated: tuple[str, ...] = ("int8", "fp8")
 hints: tuple[str, ...] = ()
 # Adapters are merged before these are built: TensorRT rounds weights when it builds, once for all.

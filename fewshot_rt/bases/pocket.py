@@ -142,7 +142,7 @@ class PocketBase:
         *("patch_embedding", "proj_out"),
     )
     batch = 4
-    has_tiny_decoder = True
+    tiny_roles = ("encoder", "decoder")
     suited = Suited(batch=4, rate=0.004, rank=32, alpha=32, clip=1.0, checkpointing=False)
     transition = Transition(kind="repeat_target", frames=5)
     comfy_names: Mapping[str, str] | None = None
