@@ -9,12 +9,14 @@ to keep to it; by itself it would take bf16 wherever a processor has it:
            has them; a tiny autoencoder's layers in int8, the rest of it in bf16
 
 The network is compiled for each batch size that it is called with, which is faster than for any.
+For the one to be expected it begins when a file is opened, so that roles are compiled side by side.
 With the hint "latency" all cores take one call together. With "throughput" the images of a call are
 answered side by side, each by a part of the cores, which many cores use better.
 """
 
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +45,7 @@ hints: tuple[str, ...] = ("latency", "throughput")
 
 # What a denoiser's graph is lowered to; times and tables stay in fp32.
 PRODUCTS = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16 around blocks"}
+Shapes = tuple[tuple[int, ...], ...]
 SAID = "fewshot-rt"  # where a file says what its arithmetic is
 CAPABILITIES = {"bf16": {"BF16"}, "int8": {"INT8", "BF16"}}
 TELEMETRY = "openvino_telemetry"
@@ -154,18 +157,32 @@ class Compiled:
         self._names = [spec.name for spec in signature.inputs]
         self._outputs = [spec.name for spec in signature.outputs]
         self.varies = [isinstance(spec.axes[0], str) for spec in signature.inputs]
-        self.requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self.requests: dict[Shapes, Any] = {}
+        sizes = dict.fromkeys(signature.sizes, self._expected(signature.most))
+        shapes = tuple(signature.shape(spec, **sizes) for spec in signature.inputs)
+        pool = ThreadPoolExecutor(max_workers=1)
+        self._begun: dict[Shapes, Future[Any]] = {shapes: pool.submit(self._compile, shapes)}
+        pool.shutdown(wait=False)
 
     def __call__(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
         """Take and give arrays in the order of the signature."""
         key = tuple(tensor.shape for tensor in tensors)
         if key not in self.requests:
-            self.requests[key] = self._compile(key).create_infer_request()
+            self.requests[key] = self._compiled(key).create_infer_request()
         request = self.requests[key]
         request.infer(self._named(tensors))
         return self._copies(request)
 
-    def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+    @staticmethod
+    def _expected(most: int) -> int:
+        """Say how many images calls will hold: as many as they can, or one, captured as two."""
+        return most if most > 2 else 1
+
+    def _compiled(self, shapes: Shapes) -> Any:
+        begun = self._begun.pop(shapes, None)
+        return self._compile(shapes) if begun is None else begun.result()
+
+    def _compile(self, shapes: Shapes) -> Any:
         model = self._model.clone()
         model.reshape(dict(zip(self._names, map(list, shapes), strict=True)))
         return self._core.compile_model(model, self._place, self._way)
@@ -184,6 +201,11 @@ class SideBySide(Compiled):
     That is at most a full batch, which OpenVINO is told.
     """
 
+    @staticmethod
+    def _expected(_: int) -> int:
+        """Say how many images calls will hold, whatever is asked for at once."""
+        return 1
+
     def __call__(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
         """Take and give arrays in the order of the signature."""
         counts = [len(t) for t, varies in zip(tensors, self.varies, strict=True) if varies]
@@ -198,7 +220,7 @@ class SideBySide(Compiled):
         if key not in self.requests:
             import openvino  # it is there already: a model is
 
-            self.requests[key] = openvino.AsyncInferQueue(self._compile(key))
+            self.requests[key] = openvino.AsyncInferQueue(self._compiled(key))
         queue = self.requests[key]
         found: list[list[np.ndarray]] = [[] for _ in rows]
         queue.set_callback(lambda request, row: found[row].extend(self._copies(request)))
