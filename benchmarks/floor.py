@@ -65,14 +65,19 @@ def find_floor(base: Base, predictor: Predictor) -> Floor:
 def count_flops(predictor: Predictor) -> int:
     """Count the floating-point operations of one full batch; a multiply-add is two.
 
-    The predictor must be an eager one: what other engines do is not seen.
+    What is made of weights alone does not count: it can be made once for all calls. The predictor
+    must be an eager one: what other engines do is not seen.
     """
-    recipe = predictor.recipe
-    images = np.zeros((recipe.batch, 3, *recipe.size), np.float32)
+    once, twice = (_flops_of(predictor, times * predictor.recipe.batch) for times in (1, 2))
+    return twice - once
+
+
+def _flops_of(predictor: Predictor, batch: int) -> int:
+    images = np.zeros((batch, 3, *predictor.recipe.size), np.float32)
     counter = FlopCounterMode(display=False)
     # The CPU's fused attention is unknown to the counter; products and softmax are known.
     with sdpa_kernel(SDPBackend.MATH), counter:
-        predictor.answer(images)
+        predictor.with_recipe(batch=batch).answer(images)
     return int(counter.get_total_flops())
 
 
