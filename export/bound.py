@@ -14,9 +14,9 @@ from .program import Program, capture
 def lowered(
     program: Program, precision: str, *, change: Callable[[Graph], object] | None = None
 ) -> Program:
-    """Give a program whose products are in a precision; in fp32 it is the program itself.
+    """Give a program whose products are in a precision; in fp32, unchanged, the program itself.
 
-    change: what else to do to the graph, first; a copy of it, if so in fp32, too.
+    change: what to do first to the graph, which is a copy of the program's.
 
     The conversions are in the graph, and weights are kept in the type that the products take, under
     their names in the model (`weight_bf16` beside `weight` if a weight is there in both).

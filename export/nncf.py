@@ -18,7 +18,7 @@ WITHOUT_ARITHMETIC = ("Constant", "Parameter", "Result")
 
 
 def quantise(model: Any, examples: Examples) -> Any:
-    """Give a model whose layers are in int8, where they are of those; without any, as it is.
+    """Give a model whose layers are in int8 where `in_int8` says so; without any, as it is.
 
     Raises: EngineError if NNCF is not installed.
     """

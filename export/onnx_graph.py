@@ -27,12 +27,12 @@ OPSET = 23
 # A protobuf holds at most 2 GiB, graph included; larger weights go to a file beside it.
 LARGEST_INLINE_BYTES = 1_900_000_000
 DATA_SUFFIX = ".data"
-BLOCK = re.compile(r"\.\d+\.")  # in the name of a layer that is in one of a list of blocks
 # What the layers that take int8 are called, by what they are: those of a denoiser's blocks, and
 # those of a tiny autoencoder, which are one list; not its shortcut, which carries most of what is
 # seen.
-CODER = re.compile(r"autoencoder\.(?:en|de)coder\.\d+\b")
-INT8 = {"MatMul": re.compile(r"^denoiser\..*\.\d+\."), "Conv": CODER, "Convolution": CODER}
+_BLOCK = re.compile(r"^denoiser\..*\.\d+\.")
+_CODER = re.compile(r"autoencoder\.(?:en|de)coder\.\d+\b")
+INT8 = {"MatMul": _BLOCK, "Conv": _CODER, "Convolution": _CODER}
 # The modules around a node, outermost first, then its own name; written by torch.onnx.
 SCOPES = "pkg.torch.onnx.name_scopes"
 PRODUCTS = ("MatMul", "Gemm", "Conv")
@@ -124,7 +124,7 @@ def _tidy(model: Any, signature: Signature) -> None:
 
 
 def in_int8(kind: str, name: str) -> bool:
-    """Say whether an operator is a layer of those that take int8."""
+    """Say whether a layer takes int8. kind: of its operator, in ONNX or OpenVINO."""
     return kind in INT8 and INT8[kind].search(name) is not None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from .forms import FP8_MOST, INT8_MOST
 from .onnx_edit import Edit, infer, types_of
-from .onnx_graph import BLOCK
+from .onnx_graph import in_int8
 from .onnx_trt_checks import FLOAT8, INT8, scale_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def layers_to_round(model: "ModelProto", form: str) -> list[str]:
         node.name
         for node in model.graph.node
         if node.op_type == "MatMul"
-        and BLOCK.search(node.name)
+        and in_int8(node.op_type, node.name)
         and node.input[1] in sizes
         and all(size % multiple == 0 for size in sizes[node.input[1]])
     ]

@@ -60,8 +60,8 @@ def part_halves(graph: Graph) -> int:
             for node, halves in found:
                 _rewrite(graph, node, ATEN.cat.default, (list(halves), -1))
     if count:
-        for node in list(graph.nodes):
-            _read_parted(graph, node)
+        for unbound in graph.find_nodes(op="call_function", target=ATEN.unbind.int):
+            _read_parted(graph, unbound)
     graph.eliminate_dead_code()
     return count
 
@@ -79,32 +79,20 @@ def _interleaving(node: Node, user: Node) -> tuple[Node, tuple[Node, Node]] | No
     return None
 
 
-def _read_parted(graph: Graph, half: Node) -> None:
-    """Read every other channel as one half of them, the even ones being put in front."""
-    found = neighbour(half)
-    if found is None:
+def _read_parted(graph: Graph, unbound: Node) -> None:
+    """Read pairs of channels as two halves, the first of each pair being put in front."""
+    halves = [(user, found[1]) for user in unbound.users if (found := neighbour(user))]
+    if not halves:
         return
-    source, number = found
-    width = source.meta["val"].shape[-1] // 2
-    (unbound,) = half.all_input_nodes
-    parted = _parted(graph, arguments(unbound)["self"])
-    place = (parted, parted.meta["val"].dim() - 1, number * width, (number + 1) * width)
-    _rewrite(graph, half, ATEN.slice.Tensor, place)
-
-
-def _parted(graph: Graph, pairs: Node) -> Node:
-    """Put the first of each pair in front. Shapes: pairs [..., D / 2, 2], result [..., D]."""
+    pairs = arguments(unbound)["self"]
     *others, last, two = range(pairs.meta["val"].dim())
-    order = [*others, two, last]
-    for user in pairs.users:
-        if user.target is ATEN.permute.default and user.args[1] == order:
-            for flat in user.users:
-                if flat.target is ATEN.flatten.using_ints and flat.args[1:] == (-2,):
-                    return flat
-    with graph.inserting_after(pairs):
-        turned = call(graph, ATEN.permute.default, (pairs, order), like=pairs)
-    with graph.inserting_after(turned):
-        return call(graph, ATEN.flatten.using_ints, (turned, -2), like=pairs)
+    with graph.inserting_before(unbound):
+        turned = call(graph, ATEN.permute.default, (pairs, [*others, two, last]), like=pairs)
+        parted = call(graph, ATEN.flatten.using_ints, (turned, -2), like=pairs)
+    width = pairs.meta["val"].shape[-2]
+    for half, number in halves:
+        place = (parted, last, number * width, (number + 1) * width)
+        _rewrite(graph, half, ATEN.slice.Tensor, place)
 
 
 def _rewrite(graph: Graph, node: Node, target: Any, args: tuple[Any, ...]) -> None:

@@ -65,10 +65,10 @@ def export_single(
 
     The file appears, or takes the place of an older one, only after it answered pictures of several
     sizes and batches as eager does; in int8, pairs of the task as well as eager does, and pictures
-    of several sizes whatever comes with them. adapter: if
-    it is not merged into the base yet; it is then. origin: as for `export_bundle`; it goes, with
-    what else is known, into the file's properties. precision: one of `PRECISIONS`. pairs: inputs
-    and targets as their files have them; int8 finds its scales on them, too.
+    in batches as each alone. adapter: if it is not merged into the base yet; it is then. origin: as
+    for `export_bundle`; it goes, with what else is known, into the file's properties. precision:
+    one of `PRECISIONS`. pairs: inputs and targets as their files have them; int8 finds its scales
+    on them, too.
 
     Raises: EngineError if ONNX Runtime is not there, the model is too large for one file, there are
     no pairs for int8, or the file answers otherwise, or worse; DataError if it cannot be written.
@@ -271,7 +271,7 @@ def _judge(eager: Predictor, runner: Runner) -> Iterator[BuildStep]:
         expected = np.stack([with_channels(a) for a in answer_images(eager, list(pictures))])
         found = runner({"image": pictures})
         figures.append(compare({"answer": expected}, found))
-        differences.append(np.abs(expected.astype(int) - found["answer"]).max(axis=-1).ravel())
+        differences.append(_differences(expected, found["answer"]))
     _require_same(np.concatenate(differences), codec, than="than PyTorch")
     seconds = time.perf_counter() - started
     yield BuildStep(role=ANSWER, stage="parity", seconds=seconds, parity=worst(figures))
@@ -280,7 +280,8 @@ def _judge(eager: Predictor, runner: Runner) -> Iterator[BuildStep]:
 def _judge_by_metric(eager: Predictor, runner: Runner, pairs: Pairs) -> Iterator[BuildStep]:
     """Answer pairs both ways and require that the file's answers are as good. Raises: EngineError.
 
-    In fewer bits some pixels at outlines change; how many may do so, the task's metric says.
+    In fewer bits some pixels at outlines change; how many may do so, the task's metric says. What
+    else is in a batch must change nothing.
     """
     started = time.perf_counter()
 
@@ -293,10 +294,16 @@ def _judge_by_metric(eager: Predictor, runner: Runner, pairs: Pairs) -> Iterator
         together = runner({"image": pictures})
         alone = np.stack([answer(picture) for picture in pictures])
         compare({"answer": alone}, together)  # for the shape
-        differences = np.abs(alone.astype(int) - together["answer"]).max(axis=-1).ravel()
-        _require_same(differences, eager.recipe.codec, than="to each image alone")
+        differences = _differences(alone, together["answer"])
+        _require_same(differences, eager.recipe.codec, than="than to each image alone")
     seconds = time.perf_counter() - started
     yield BuildStep(role=ANSWER, stage="quality", seconds=seconds, quality=quality)
+
+
+def _differences(expected: Pixels, found: Pixels) -> NDArray[np.int_]:
+    """Give by how many levels each pixel differs, at most. Shapes: uint8 [B, H, W, 3]; flat."""
+    levels: NDArray[np.int_] = np.abs(expected.astype(int) - found).max(axis=-1).ravel()
+    return levels
 
 
 def _require_same(differences: NDArray[np.int_], codec: Codec, *, than: str) -> None:

@@ -141,24 +141,36 @@ def load(
     if place == "CPU":  # cores are not kept, which another process may want
         way["ENABLE_CPU_PINNING"] = False
         way |= {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-    kind = SideBySide if hint == "throughput" else Compiled
-    if kind is SideBySide:
+    # Most calls are full; programs for one image are captured for two.
+    kind, batch = Compiled, signature.most if signature.most > 2 else 1
+    if hint == "throughput":
+        kind, batch = SideBySide, 1
         way["PERFORMANCE_HINT_NUM_REQUESTS"] = signature.most
-    return make_runner(signature, kind(core, model, signature, way=way, place=place))
+    return make_runner(signature, kind(core, model, signature, way=way, place=place, batch=batch))
 
 
 class Compiled:
-    """Runs a model, which is compiled once for each batch size. way: what OpenVINO is told."""
+    """Runs a model, which is compiled once for each batch size.
+
+    way: what OpenVINO is told. batch: the size that is to be expected; for it this begins at once.
+    """
 
     def __init__(
-        self, core: Any, model: Any, signature: Signature, *, way: dict[str, Any], place: str
+        self,
+        core: Any,
+        model: Any,
+        signature: Signature,
+        *,
+        way: dict[str, Any],
+        place: str,
+        batch: int,
     ) -> None:
         self._core, self._model, self._way, self._place = core, model, way, place
         self._names = [spec.name for spec in signature.inputs]
         self._outputs = [spec.name for spec in signature.outputs]
         self.varies = [isinstance(spec.axes[0], str) for spec in signature.inputs]
         self.requests: dict[Shapes, Any] = {}
-        sizes = dict.fromkeys(signature.sizes, self._expected(signature.most))
+        sizes = dict.fromkeys(signature.sizes, batch)
         shapes = tuple(signature.shape(spec, **sizes) for spec in signature.inputs)
         pool = ThreadPoolExecutor(max_workers=1)
         self._begun: dict[Shapes, Future[Any]] = {shapes: pool.submit(self._compile, shapes)}
@@ -172,11 +184,6 @@ class Compiled:
         request = self.requests[key]
         request.infer(self._named(tensors))
         return self._copies(request)
-
-    @staticmethod
-    def _expected(most: int) -> int:
-        """Say how many images calls will hold: as many as they can, or one, captured as two."""
-        return most if most > 2 else 1
 
     def _compiled(self, shapes: Shapes) -> Any:
         begun = self._begun.pop(shapes, None)
@@ -200,11 +207,6 @@ class SideBySide(Compiled):
 
     That is at most a full batch, which OpenVINO is told.
     """
-
-    @staticmethod
-    def _expected(_: int) -> int:
-        """Say how many images calls will hold, whatever is asked for at once."""
-        return 1
 
     def __call__(self, tensors: list[np.ndarray]) -> list[np.ndarray]:
         """Take and give arrays in the order of the signature."""
